@@ -1,0 +1,296 @@
+"""The read side: a folder of safetensors files, opened lazily and validated before anything runs.
+
+Opening reads headers only. Each file is opened once and the descriptor is kept, so a file replaced
+meanwhile stays the old one; its size and times are remembered and checked again after the merge.
+The engine reads tiles with `read_into` (pread: a truncated file is an error, where a memory mapping
+would kill the process); `view` maps a tensor lazily for code that wants an array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from optimer_engine.errors import CheckpointError, quoted
+from optimer_engine.safetensors_format import read_header
+from optimer_engine.types import TensorInfo
+
+MODEL, VECTOR = "model", "vector"
+"""What a folder holds, which is also the stem of its file names."""
+
+SAMPLES, SAMPLE_BYTES = 8, 512
+"""The fingerprint reads this many evenly spaced pieces of each tensor."""
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    fd: int
+    identity: tuple[int, ...]
+
+
+class Checkpoint:
+    """A full checkpoint or a distribution vector in a folder; use as a context manager or close().
+
+    Attributes:
+        folder: where it lies.
+        kind: "model", or "vector" for a folder written by `optimer extract`.
+        tensors: name to TensorInfo, in file order.
+        metadata: the first file's header metadata.
+        config: config.json as data ({} for a vector without one); nothing in it is executed.
+    """
+
+    def __init__(self, folder: Path, kind: str, config: dict[str, Any]) -> None:
+        self.folder, self.kind, self.config = folder, kind, config
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self.files: list[_File] = []
+        self._maps: dict[int, mmap.mmap] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read index and headers of `folder`.
+
+        Raises:
+            CheckpointError: when the folder, its index, a header or config.json is not as it must
+                be, or two loaders would read it differently.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError("no such folder", where=str(folder), todo="check the path")
+        kind = _kind_of(folder)
+        checkpoint = cls(folder, kind, _read_config(folder, required=kind == MODEL))
+        try:
+            index = folder / f"{kind}.safetensors.index.json"
+            single = folder / f"{kind}.safetensors"
+            if index.exists() and single.exists():
+                raise CheckpointError(
+                    f"holds both {single.name} and {index.name}, and loaders differ in which they"
+                    " read",
+                    where=str(folder),
+                    todo="remove the stale one",
+                )
+            if index.exists():
+                checkpoint._open_shards(index)
+            else:
+                checkpoint._add_file(single)
+        except BaseException:
+            checkpoint.close()
+            raise
+        return checkpoint
+
+    def _open_shards(self, index: Path) -> None:
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            _bad(index, "no weight_map from tensor names to file names")
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+                _bad(index, f"{quoted(name)} is said to lie in {shard!r}, not a plain file name")
+        for shard in dict.fromkeys(sorted(weight_map.values())):
+            if not (self.folder / shard).exists():
+                link = (
+                    " (a link to a file that is not there)"
+                    if (self.folder / shard).is_symlink()
+                    else ""
+                )
+                raise CheckpointError(
+                    f"shard {shard} is missing{link}",
+                    where=str(self.folder),
+                    todo="download or copy the missing file",
+                )
+            self._add_file(self.folder / shard)
+        for name, info in self.tensors.items():
+            if weight_map.get(name) != self.files[info.file].path.name:
+                listed = weight_map.get(name, "nowhere")
+                _bad(
+                    index,
+                    f"{quoted(name)} lies in {self.files[info.file].path.name}, listed {listed}",
+                )
+        absent = sorted(set(weight_map) - set(self.tensors))
+        if absent:
+            _bad(index, f"{quoted(absent[0])} is not in {weight_map[absent[0]]}")
+
+    def _add_file(self, path: Path) -> None:
+        # O_NONBLOCK: a FIFO must be refused, not waited for.
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise CheckpointError(f"cannot be opened: {error.strerror}", where=str(path)) from error
+        self.files.append(_File(path, fd, _identity(fd)))
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CheckpointError("is not a regular file", where=str(path))
+        tensors, metadata = read_header(fd, path, len(self.files) - 1)
+        twice = sorted(tensors.keys() & self.tensors.keys())
+        if twice:
+            other = self.files[self.tensors[twice[0]].file].path.name
+            raise CheckpointError(f"{quoted(twice[0])} lies here and in {other}", where=str(path))
+        self.tensors.update(sorted(tensors.items(), key=lambda item: item[1].offset))
+        self.metadata = self.metadata or metadata
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """For a vector, the fingerprint of the base it was taken from."""
+        return self.metadata.get("base_fingerprint") if self.kind == VECTOR else None
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether config.json ties lm_head to the embeddings (Transformers' default is yes)."""
+        text = self.config.get("text_config")
+        inner = text if isinstance(text, dict) else {}
+        return bool(self.config.get("tie_word_embeddings", inner.get("tie_word_embeddings", True)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over names, dtypes, shapes and evenly spaced samples of every tensor.
+
+        It does not depend on how the tensors are spread over files. A few KiB are read per tensor,
+        so it identifies a checkpoint among others; it does not prove every byte.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(json.dumps([name, info.dtype.code, info.shape]).encode())
+            last = max(0, info.nbytes - SAMPLE_BYTES)
+            for at in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+                piece = bytearray(min(SAMPLE_BYTES, info.nbytes - at))
+                self.read_into(info.file, info.offset + at, memoryview(piece))
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (bytes) from `offset` of file number `file`; releases the GIL.
+
+        Raises:
+            CheckpointError: when the file ends early or the disk fails.
+        """
+        done = 0
+        try:
+            while done < len(buffer):
+                count = os.preadv(self.files[file].fd, [buffer[done:]], offset + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"ended at byte {offset + done} while being read, {offset + len(buffer)}"
+                        " expected",
+                        where=str(self.files[file].path),
+                        todo="the file was cut meanwhile; restore it and run again",
+                    )
+                done += count
+        except OSError as error:
+            raise CheckpointError(
+                f"reading failed: {error.strerror}", where=str(self.files[file].path)
+            ) from error
+
+    def view(self, name: str) -> np.ndarray:
+        """Tensor `name` as a read-only array on a lazy memory mapping, in its storage dtype.
+
+        bf16 and fp16 come as uint16 bits. No byte is read until it is touched.
+        """
+        info = self.tensors[name]
+        if info.file not in self._maps:
+            fd = self.files[info.file].fd
+            self._maps[info.file] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        mapped = self._maps[info.file]
+        storage = info.dtype.storage
+        flat = np.frombuffer(mapped, storage, info.nbytes // storage.itemsize, info.offset)
+        return flat.reshape(info.shape)
+
+    def check_unchanged(self) -> None:
+        """Compare every open file with what it was when opened.
+
+        Raises:
+            CheckpointError: when a file was written to, cut or grown since.
+        """
+        for file in self.files:
+            if _identity(file.fd) != file.identity:
+                raise CheckpointError(
+                    "was changed while it was being read",
+                    where=str(file.path),
+                    todo="let nothing write to the sources during a merge, and run again",
+                )
+
+    def close(self) -> None:
+        """Close the files. Views stay valid until they are garbage."""
+        for file in self.files:
+            os.close(file.fd)
+        self.files, self._maps = [], {}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "files", None):
+            self.close()
+
+
+def _identity(fd: int) -> tuple[int, ...]:
+    found = os.fstat(fd)
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _bad(path: Path, what: str) -> NoReturn:
+    raise CheckpointError(what, where=str(path), todo="download or save the checkpoint again")
+
+
+def _kind_of(folder: Path) -> str:
+    for kind in (MODEL, VECTOR):
+        for name in (f"{kind}.safetensors", f"{kind}.safetensors.index.json"):
+            if (folder / name).exists() or (folder / name).is_symlink():
+                return kind
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            "is a LoRA adapter, not a full checkpoint",
+            where=str(folder),
+            todo="merge the adapter into its base first (PEFT's merge_and_unload)",
+        )
+    pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+    if pickles:
+        raise CheckpointError(
+            f"holds {pickles[0].name}, a pickle, and no safetensors file",
+            where=str(folder),
+            todo="save the model with Transformers' save_pretrained and merge that",
+        )
+    raise CheckpointError(
+        "no model.safetensors, no model.safetensors.index.json and no vector in this folder",
+        where=str(folder),
+        todo="name a folder written by save_pretrained or `optimer extract`",
+    )
+
+
+def _read_config(folder: Path, required: bool) -> dict[str, Any]:
+    path = folder / "config.json"
+    if path.exists():
+        return _read_json(path)
+    if required:
+        raise CheckpointError(
+            "config.json is missing", where=str(folder), todo="copy it from the original model"
+        )
+    return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            _bad(path, f"key {quoted(twice)!r} stands twice")
+        return dict(pairs)
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        _bad(path, f"is not readable JSON: {error}")
+    if not isinstance(data, dict):
+        _bad(path, "is not a JSON object")
+    return data

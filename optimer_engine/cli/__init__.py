@@ -1,0 +1,71 @@
+"""The command line: parse, call the library, print. Each command's module loads when it is called.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 bad input, 3 the output
+cannot be written, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from optimer_engine import __version__
+from optimer_engine.errors import OptimerError
+
+_COMMANDS = {
+    "demo": "Run the whole loop on real text, on a CPU, in minutes.",
+    "extract": "Subtract a base from a trained checkpoint: a distribution vector.",
+    "merge": "Merge a base and weighted sources into a new checkpoint.",
+    "search": "Search the weights of a merge for an objective.",
+    "train": "Continually pre-train a base on a dataset, with HF Trainer.",
+}
+
+
+class _Lazy(click.Group):
+    """A group that imports a command's module only to run it or to show its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        return importlib.import_module(f"optimer_engine.cli.{name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="optimer")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def optimer(ctx: click.Context, debug: bool) -> None:
+    """Merge language models tile by tile, and search the weights of the merge.
+
+    \b
+    Example: a base, two fine-tuned copies of it, and their merge
+      optimer merge --base org/base --add org/base-ja=0.4 --add runs/math=0.25 -o merged
+    """
+    ctx.obj = debug
+
+
+def main() -> None:
+    """Entry point of the `optimer` program."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        optimer(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except OptimerError as error:
+        if debug:
+            raise
+        click.echo(f"optimer: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("optimer: interrupted; nothing was left half-written", err=True)
+        sys.exit(130)

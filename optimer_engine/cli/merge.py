@@ -1,0 +1,93 @@
+"""`optimer merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from optimer_engine.cli.output import emit, json_option
+from optimer_engine.errors import RecipeError
+from optimer_engine.types import format_bytes
+
+
+@click.command(name="merge")
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="Base checkpoint: a folder, or org/name[@revision].")
+@click.option(
+    "--add",
+    "added",
+    multiple=True,
+    metavar="MODEL=WEIGHT",
+    help="A source, full checkpoint or vector, and its weight. Repeat for each.",
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option("--out-dtype", metavar="DTYPE", help="E.g. float32; default: the base's.")
+@click.option("--max-shard-size", metavar="SIZE", help="Per file; default 5GB.")
+@click.option("--mem-limit", default="512MiB", show_default=True, help="Beyond the interpreter.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one per core.")
+@json_option
+def command(
+    recipe: Path | None,
+    base: str | None,
+    added: tuple[str, ...],
+    out: Path,
+    out_dtype: str | None,
+    max_shard_size: str | None,
+    mem_limit: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Merge a base and weighted sources into a new checkpoint.
+
+    Computes base + sum of weight x (source - base), tile by tile, in bounded memory.
+
+    \b
+    Examples:
+      optimer merge recipe.yaml -o merged
+      optimer merge --base org/base --add org/ja=0.4 --add runs/math/vector=0.25 -o merged
+    """
+    from optimer_engine.engine import merge
+    from optimer_engine.progress import bar
+    from optimer_engine.recipe import Recipe
+
+    if (recipe is None) == (base is None):
+        raise RecipeError(
+            "give a recipe file, or --base with --add, and not both",
+            where="merge",
+            todo="optimer merge --help shows an example of each",
+        )
+    if recipe is not None:
+        if added:
+            raise RecipeError("--add belongs to --base, not to a recipe file", where="merge")
+        wanted = Recipe.load(recipe)
+    else:
+        sources = [_source(text) for text in added]
+        wanted = Recipe.load({"base": base, "sources": sources})
+    wanted.out_dtype = out_dtype or wanted.out_dtype
+    wanted.max_shard_size = max_shard_size or wanted.max_shard_size
+    report = merge(
+        wanted, out, mem_limit=mem_limit, threads=threads, callbacks=[bar(f"merge {out.name}")]
+    )
+    for warning in report.warnings:
+        click.echo(f"optimer: warning: {warning}", err=True)
+    moved = report.bytes_read + report.bytes_written
+    text = (
+        f"{out}: {report.tensors} tensors, {format_bytes(report.bytes_written)} written,"
+        f" {format_bytes(report.bytes_read)} read in {report.wall_s:.2f} s"
+        f" ({moved / 1e9 / report.wall_s:.1f} GB/s), peak memory"
+        f" {format_bytes(report.peak_mem_bytes)} for the whole process"
+    )
+    emit(report.to_dict(), text, as_json)
+
+
+def _source(text: str) -> dict[str, object]:
+    model, _, weight = text.rpartition("=")
+    try:
+        return {"name": model, "model": model, "weight": float(weight)}
+    except ValueError:
+        raise RecipeError(
+            f"{text!r} is not MODEL=WEIGHT",
+            where="--add",
+            todo="write for example --add runs/ja=0.4",
+        ) from None

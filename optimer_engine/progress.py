@@ -1,0 +1,28 @@
+"""A progress bar on stderr for anything that emits events."""
+
+from __future__ import annotations
+
+from optimer_engine.events import Advanced, Callback, Event, Finished, Started
+
+QUIET_S = 2.0
+"""Nothing is shown for work shorter than this."""
+
+
+def bar(description: str) -> Callback:
+    """A callback that draws bytes of output done, for runs that take more than two seconds."""
+    from tqdm import tqdm
+
+    shown: tqdm | None = None
+
+    def show(event: Event) -> None:
+        nonlocal shown
+        if isinstance(event, Started):
+            shown = tqdm(
+                desc=description, total=event.total_bytes, unit="B", unit_scale=True, delay=QUIET_S
+            )
+        elif isinstance(event, Advanced) and shown is not None:
+            shown.update(event.output_bytes)
+        elif isinstance(event, Finished) and shown is not None:
+            shown.close()
+
+    return show

@@ -1,0 +1,244 @@
+"""What a user writes: a recipe, decoded strictly and turned back into canonical text.
+
+    base: org/base-model            # a folder, or org/name on the Hub (org/name@revision)
+    sources:
+      - {name: ja,   model: runs/ja/vector, weight: 0.4}
+      - {name: math, model: org/math-cpt,   weight: 0.25}
+    out_dtype: bfloat16             # default: as the base has it, tensor by tensor
+    max_shard_size: 5GB             # default
+
+YAML is read by rules narrower than YAML's own (see `read_config`): what is written means one thing,
+and a misspelt key is refused instead of ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+
+from optimer_engine.errors import RecipeError
+from optimer_engine.types import DType, parse_bytes
+
+MAX_CONFIG_BYTES = 1_000_000
+MAX_DEPTH = 16
+
+T = TypeVar("T")
+
+
+class Source(msgspec.Struct, forbid_unknown_fields=True):
+    """One input of a merge beside the base.
+
+    Attributes:
+        name: the user's word for it, unique in the recipe.
+        model: a folder, or `org/name` on the Hub; a full checkpoint or a distribution vector.
+        weight: finite coefficient of its delta; not normalised. 0 leaves the source unread.
+        revision: branch, tag or commit on the Hub.
+    """
+
+    name: str
+    model: str
+    weight: float = 1.0
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise RecipeError("a source has an empty name", todo="give each source a name")
+        if not math.isfinite(self.weight):
+            raise RecipeError(
+                f"weight is {self.weight}, expected a finite number",
+                where=f"source {self.name!r}",
+                todo="write a number such as 0.3",
+            )
+
+
+class Recipe(msgspec.Struct, forbid_unknown_fields=True):
+    """theta_base + sum_i w_i * tau_i, as a user asks for it; nothing is looked up yet.
+
+    Attributes:
+        base: folder or Hub id of the checkpoint that all is added to.
+        sources: at least one, with distinct names.
+        base_revision: branch, tag or commit of the base on the Hub.
+        out_dtype: dtype of the merged floating-point tensors; None keeps the base's.
+        max_shard_size: bytes of tensor data per output file, an int or text such as "5GB".
+    """
+
+    base: str
+    sources: list[Source]
+    base_revision: str | None = None
+    out_dtype: str | None = None
+    max_shard_size: int | str = "5GB"
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise RecipeError("has no sources", where="recipe", todo="add at least one source")
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise RecipeError(
+                f"source names must be unique, found twice: {', '.join(twice)}",
+                where="recipe",
+                todo="give each source a name of its own",
+            )
+        if self.out_dtype is not None:
+            DType.parse(self.out_dtype)
+        parse_bytes(self.max_shard_size)
+
+    @classmethod
+    def load(cls, recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+        """A recipe from a YAML file's path, a mapping, or a recipe.
+
+        Raises:
+            RecipeError: naming the key and the nearest right one.
+        """
+        if isinstance(recipe, Recipe):
+            return recipe
+        if isinstance(recipe, Mapping):
+            return decode(recipe, cls, "recipe")
+        return read_config(recipe, cls)
+
+    def to_yaml(self) -> str:
+        """Canonical text, in a fixed key order; `load` of it gives an equal recipe."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in canonical key order, without keys that keep their default None."""
+        data = msgspec.to_builtins(self)
+        data["sources"] = [_without_none(source) for source in data["sources"]]
+        return _without_none(data)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the canonical text."""
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+
+def _without_none(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def read_config(path: str | Path, type_: type[T]) -> T:
+    """Read a YAML file into a msgspec Struct, refusing whatever could be read in two ways.
+
+    At most 1 MB and 16 levels; no aliases, tags or duplicate keys; numbers and booleans by YAML
+    1.2's core rules (`1e-3` is a number, `no` is a text, infinities and NaN are not numbers).
+
+    Raises:
+        RecipeError: naming the file, the line or key, and the nearest right key.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise RecipeError(f"{size} bytes, at most {MAX_CONFIG_BYTES} expected", where=str(path))
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError("no such file", where=str(path), todo="check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot be read: {error}", where=str(path)) from error
+    return decode(_parse_yaml(text, str(path)), type_, str(path))
+
+
+def decode(data: object, type_: type[T], where: str) -> T:
+    """Plain data as a msgspec Struct; `where` names its origin in errors.
+
+    Raises:
+        RecipeError: naming the key and the nearest right one.
+    """
+    try:
+        return msgspec.convert(data, type_)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__
+        if isinstance(cause, RecipeError):  # from a Struct's own __post_init__
+            raise RecipeError(
+                cause.what, where=f"{where}: {cause.where}".rstrip(": "), todo=cause.todo
+            ) from None
+        message = str(error).replace(" - at `$.", " - at `").replace(" - at `$", " - at `the top")
+        raise RecipeError(message, where=where, todo=_nearest_key(message, type_)) from None
+
+
+def _nearest_key(message: str, type_: type) -> str:
+    unknown = re.search(r"unknown field `(.+?)`", message)
+    if unknown is None:
+        return ""
+    keys = sorted(_all_keys(msgspec.inspect.type_info(type_)))
+    near = difflib.get_close_matches(unknown[1], keys, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(keys)}"
+
+
+def _all_keys(info: Any) -> set[str]:
+    if isinstance(info, msgspec.inspect.StructType):
+        nested = (_all_keys(field.type) for field in info.fields)
+        return {field.encode_name for field in info.fields}.union(*nested)
+    inner = [getattr(info, name, None) for name in ("item_type", "value_type")]
+    inner += getattr(info, "types", ())
+    return set().union(*(_all_keys(part) for part in inner if part is not None))
+
+
+def _parse_yaml(text: str, where: str) -> object:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """SafeLoader without aliases, tags, duplicate keys and YAML 1.1's surprises."""
+
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(
+                    problem="aliases (*) are refused", problem_mark=event.start_mark
+                )
+            if getattr(event, "tag", None) is not None or getattr(event, "anchor", None):
+                raise yaml.MarkedYAMLError(
+                    problem="tags (!) and anchors (&) are refused", problem_mark=event.start_mark
+                )
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise yaml.MarkedYAMLError(
+                    problem=f"nested deeper than {MAX_DEPTH}", problem_mark=event.start_mark
+                )
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            if isinstance(node, yaml.MappingNode):
+                self._refuse_duplicates(node)
+            return node
+
+        def _refuse_duplicates(self, node: yaml.MappingNode) -> None:
+            seen = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                    name = getattr(key, "value", "a collection")
+                    raise yaml.MarkedYAMLError(
+                        problem=f"key {name!r} is not a plain text or is given twice",
+                        problem_mark=key.start_mark,
+                    )
+                seen.add(key.value)
+
+    core = {
+        "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
+        "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+        "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+        "tag:yaml.org,2002:float": (
+            r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?",
+            "-+.0123456789",
+        ),
+    }
+    for tag, (pattern, first) in core.items():
+        firsts = ["" if letter == "\0" else letter for letter in first]
+        Loader.add_implicit_resolver(tag, re.compile(rf"(?:{pattern})\Z"), firsts)
+    try:
+        return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(str(error.problem), where=f"{where}{line}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"not valid YAML: {error}", where=where) from None

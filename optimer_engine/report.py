@@ -1,0 +1,65 @@
+"""What a run did, as data: report.json beside every output, and the result of every call."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgspec
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """Facts of one run of the engine.
+
+    Attributes:
+        operation: the formula that was computed.
+        recipe: the recipe, canonical; with `recipe_fingerprint`, its sha256.
+        fingerprints: name of each checkpoint read to its fingerprint.
+        tensors: number of output tensors.
+        bytes_read, bytes_written: of tensor data.
+        wall_s: seconds from the first tile to the last file in place.
+        projected_mem_bytes: the bound the plan gave for the engine's own buffers.
+        peak_mem_bytes: largest resident size of the whole process so far, as the system saw it.
+        warnings: what was noticed and not refused.
+        versions: of this package, Python and the libraries that touched the numbers.
+    """
+
+    operation: str
+    recipe: dict[str, Any]
+    recipe_fingerprint: str
+    fingerprints: dict[str, str]
+    out: str | None = None
+    tensors: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    wall_s: float = 0.0
+    threads: int = 0
+    tile_bytes: int = 0
+    projected_mem_bytes: int = 0
+    peak_mem_bytes: int = 0
+    warnings: list[str] = []
+    versions: dict[str, str] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return msgspec.to_builtins(self)
+
+
+def peak_mem_bytes() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of this package, Python and `packages`; absent ones are left out."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("optimer-engine", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,195 @@
+"""The safetensors file format, read strictly and written exactly.
+
+A file is `N` (u64, little endian), `N` bytes of JSON header, then the tensors' bytes:
+
+    {"__metadata__": {text: text},
+     name: {"dtype": code, "shape": [...], "data_offsets": [begin, end]}, ...}
+
+Offsets count from the end of the header, cover the data without gap or overlap, and end at the
+file's last byte. The reader here is stricter than the reference library, where the format is: it
+refuses duplicate names, unknown fields, other padding than spaces and absurd sizes, so whatever is
+accepted here the library accepts too, with the same names, dtypes and shapes. It reads the header
+only, in bounded time and memory, and decides before reading how much it will read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from optimer_engine.errors import CheckpointError, quoted
+from optimer_engine.types import DTYPE_OF_CODE, TensorInfo
+
+MAX_HEADER_BYTES = 16_000_000
+MAX_TENSORS = 200_000
+MAX_RANK = 32
+MAX_NAME_BYTES = 1024
+
+_IMPOSTORS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file", "run `git lfs pull`"),
+    (b"GGUF", "a GGUF file", "convert it to safetensors first"),
+    (b"PK\x03\x04", "a zip archive, probably a PyTorch pickle", "convert it to safetensors first"),
+    (b"\x80", "a Python pickle", "convert it to safetensors first"),
+    (b"<!DOCTYPE", "an HTML page", "download the file again"),
+    (b"<html", "an HTML page", "download the file again"),
+    (b"\0\0\0\0\0\0\0\0", "zeros where the header should be", "download the file again"),
+)
+
+
+def read_header(fd: int, path: Path, file: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors (offsets absolute in the file) and metadata of the open file `fd`.
+
+    Args:
+        path: the file's name for errors.
+        file: the file's number in its checkpoint, recorded in each TensorInfo.
+
+    Raises:
+        CheckpointError: at the first departure from the format, with the two numbers that disagree.
+    """
+    size = os.fstat(fd).st_size
+    start = os.pread(fd, 32, 0)
+    length = struct.unpack("<Q", start[:8])[0] if size >= 8 else 0
+    if length < 2 or length > min(MAX_HEADER_BYTES, size - 8):
+        for magic, what, todo in _IMPOSTORS:
+            if start.startswith(magic):
+                raise CheckpointError(f"this is {what}", where=str(path), todo=todo)
+    if size < 8:
+        _refuse(path, f"{size} bytes, not a safetensors file (at least 8 expected)")
+    if length > MAX_HEADER_BYTES:
+        _refuse(path, f"header of {length} bytes, at most {MAX_HEADER_BYTES} expected")
+    if 8 + length > size:
+        _refuse(path, f"header of {length} bytes in a file of {size} bytes")
+    raw = os.pread(fd, length, 8)
+    header = _decode(raw, path)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        _refuse(path, "__metadata__ is not a map from text to text")
+    if len(header) > MAX_TENSORS:
+        _refuse(path, f"{len(header)} tensors, at most {MAX_TENSORS} expected")
+    tensors = {name: _entry(name, entry, path, file, 8 + length) for name, entry in header.items()}
+    _check_coverage(tensors.values(), path, 8 + length, size)
+    return tensors, metadata
+
+
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise CheckpointError(what, where=str(path), todo="download or save the file again")
+
+
+def _decode(raw: bytes, path: Path) -> dict[str, Any]:
+    if not raw.startswith(b"{"):
+        _refuse(path, f"the header begins with {raw[:1]!r}, not with '{{'")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            _refuse(path, f"{quoted(twice)!r} stands twice in the header")
+        return found
+
+    def no_constant(constant: str) -> NoReturn:
+        _refuse(path, f"{constant} in the header is not JSON")
+
+    try:
+        text = raw.decode("utf-8")
+        decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=no_constant)
+        header, end = decoder.raw_decode(text)
+    except UnicodeDecodeError as error:
+        _refuse(path, f"the header is not UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        _refuse(path, f"the header is not JSON: {error.msg} at character {error.pos}")
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        _refuse(path, "the header nests too deep or holds a number too large")
+    if text[end:].strip(" "):
+        _refuse(path, f"after the header's last brace stands {text[end:][:20]!r}, not spaces")
+    return header
+
+
+def _entry(name: str, entry: Any, path: Path, file: int, data_start: int) -> TensorInfo:
+    def refuse(what: str) -> NoReturn:
+        _refuse(path, f"{quoted(name)}: {what}")
+
+    if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+        _refuse(path, f"a tensor name of more than {MAX_NAME_BYTES} bytes")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        refuse("an entry must have exactly dtype, shape and data_offsets")
+    dtype = DTYPE_OF_CODE.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        refuse(f"unknown dtype {quoted(entry['dtype'])!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    for numbers, label in ((shape, "shape"), (offsets, "data_offsets")):
+        if not isinstance(numbers, list) or not all(
+            type(n) is int and 0 <= n < 2**63 for n in numbers
+        ):
+            refuse(f"{label} must be a list of whole numbers from 0 to 2^63 - 1")
+    if len(shape) > MAX_RANK or len(offsets) != 2:
+        refuse(f"rank {len(shape)} (at most {MAX_RANK}) with {len(offsets)} offsets (2 expected)")
+    bits = dtype.bits
+    for dim in shape:
+        bits *= dim
+        if bits >= 2**66:
+            refuse(f"shape {shape[:8]} is larger than any file")
+    begin, end = offsets
+    if bits % 8 or end - begin != bits // 8:
+        refuse(f"{dtype.code} {shape} takes {bits / 8:g} bytes, data_offsets span {end - begin}")
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)
+
+
+def _check_coverage(tensors: Iterable[TensorInfo], path: Path, start: int, size: int) -> None:
+    expected, before = start, "the header"
+    for info in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if info.offset != expected:
+            kind = "gap" if info.offset > expected else "overlap"
+            _refuse(
+                path,
+                f"{kind} of {abs(info.offset - expected)} bytes between {quoted(before)} and"
+                f" {quoted(info.name)}",
+            )
+        expected, before = info.offset + info.nbytes, info.name
+    if expected > size:
+        _refuse(path, f"short by {expected - size} bytes: {size} found, {expected} expected")
+    if expected < size:
+        _refuse(
+            path, f"{size - expected} extra bytes at the end: {size} found, {expected} expected"
+        )
+
+
+def place(
+    tensors: Iterable[TensorInfo], metadata: dict[str, str], file: int
+) -> tuple[bytes, list[TensorInfo]]:
+    """Lay tensors out in one file as the reference writer does: widest dtype first, then by name.
+
+    Args:
+        tensors: names, dtypes and shapes; their file and offset are ignored.
+
+    Returns:
+        The file's first bytes (length and header, padded with spaces to 8 bytes) and the tensors
+        in file order with their absolute offsets.
+    """
+    ordered = sorted(tensors, key=lambda t: (-t.dtype.bits, t.name))
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for info in ordered:
+        offsets = [end, end + info.nbytes]
+        end += info.nbytes
+        entries[info.name] = {
+            "dtype": info.dtype.code,
+            "shape": list(info.shape),
+            "data_offsets": offsets,
+        }
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    placed = [
+        TensorInfo(
+            t.name, t.dtype, t.shape, file, start + entries[t.name]["data_offsets"][0], t.nbytes
+        )
+        for t in ordered
+    ]
+    return struct.pack("<Q", len(text)) + text, placed
