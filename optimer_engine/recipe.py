@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,7 +27,6 @@ from optimer_engine.errors import RecipeError
 from optimer_engine.types import DType, parse_bytes
 
 MAX_CONFIG_BYTES = 1_000_000
-MAX_DEPTH = 16
 
 T = TypeVar("T")
 
@@ -143,7 +142,9 @@ def read_config(path: str | Path, type_: type[T]) -> T:
         raise RecipeError("no such file", where=str(path), todo="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot be read: {error}", where=str(path)) from error
-    return decode(_parse_yaml(text, str(path)), type_, str(path))
+    from optimer_engine.strict_yaml import parse
+
+    return decode(parse(text, str(path)), type_, str(path))
 
 
 def decode(data: object, type_: type[T], where: str) -> T:
@@ -180,65 +181,3 @@ def _all_keys(info: Any) -> set[str]:
     inner = [getattr(info, name, None) for name in ("item_type", "value_type")]
     inner += getattr(info, "types", ())
     return set().union(*(_all_keys(part) for part in inner if part is not None))
-
-
-def _parse_yaml(text: str, where: str) -> object:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """SafeLoader without aliases, tags, duplicate keys and YAML 1.1's surprises."""
-
-        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-        depth = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            event = self.peek_event()
-            if isinstance(event, yaml.AliasEvent):
-                raise yaml.MarkedYAMLError(
-                    problem="aliases (*) are refused", problem_mark=event.start_mark
-                )
-            if getattr(event, "tag", None) is not None or getattr(event, "anchor", None):
-                raise yaml.MarkedYAMLError(
-                    problem="tags (!) and anchors (&) are refused", problem_mark=event.start_mark
-                )
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise yaml.MarkedYAMLError(
-                    problem=f"nested deeper than {MAX_DEPTH}", problem_mark=event.start_mark
-                )
-            node = super().compose_node(parent, index)
-            self.depth -= 1
-            if isinstance(node, yaml.MappingNode):
-                self._refuse_duplicates(node)
-            return node
-
-        def _refuse_duplicates(self, node: yaml.MappingNode) -> None:
-            seen = set()
-            for key, _ in node.value:
-                if not isinstance(key, yaml.ScalarNode) or key.value in seen:
-                    name = getattr(key, "value", "a collection")
-                    raise yaml.MarkedYAMLError(
-                        problem=f"key {name!r} is not a plain text or is given twice",
-                        problem_mark=key.start_mark,
-                    )
-                seen.add(key.value)
-
-    core = {
-        "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
-        "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-        "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-        "tag:yaml.org,2002:float": (
-            r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?",
-            "-+.0123456789",
-        ),
-    }
-    for tag, (pattern, first) in core.items():
-        firsts = ["" if letter == "\0" else letter for letter in first]
-        Loader.add_implicit_resolver(tag, re.compile(rf"(?:{pattern})\Z"), firsts)
-    try:
-        return yaml.load(text, Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(str(error.problem), where=f"{where}{line}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"not valid YAML: {error}", where=where) from None

@@ -79,6 +79,14 @@ def _refuse(path: Path, what: str) -> NoReturn:
     raise CheckpointError(what, where=str(path), todo="download or save the file again")
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _decode(raw: bytes, path: Path) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         _refuse(path, f"the header begins with {raw[:1]!r}, not with '{{'")
@@ -89,14 +97,22 @@ def _decode(raw: bytes, path: Path) -> dict[str, Any]:
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             _refuse(path, f"{quoted(twice)!r} stands twice in the header")
+        for text in (*found, *found.values()):
+            if isinstance(text, str) and not _is_unicode(text):
+                _refuse(path, f"{quoted(text)!r} in the header holds half a character")
         return found
+
+    def natural(digits: str) -> int:
+        return int(digits) if digits[0] != "-" else -1  # Python reads -0 as 0; the format does not
 
     def no_constant(constant: str) -> NoReturn:
         _refuse(path, f"{constant} in the header is not JSON")
 
     try:
         text = raw.decode("utf-8")
-        decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=no_constant)
+        decoder = json.JSONDecoder(
+            object_pairs_hook=unique, parse_constant=no_constant, parse_int=natural
+        )
         header, end = decoder.raw_decode(text)
     except UnicodeDecodeError as error:
         _refuse(path, f"the header is not UTF-8 at byte {error.start}")
@@ -115,7 +131,7 @@ def _entry(name: str, entry: Any, path: Path, file: int, data_start: int) -> Ten
     def refuse(what: str) -> NoReturn:
         _refuse(path, f"{quoted(name)}: {what}")
 
-    if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+    if len(name.encode()) > MAX_NAME_BYTES:
         _refuse(path, f"a tensor name of more than {MAX_NAME_BYTES} bytes")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         refuse("an entry must have exactly dtype, shape and data_offsets")

@@ -1,0 +1,292 @@
+"""Every refusal names file, tensor, got and expected, exits with 2 and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from optimer_engine import merge, plan
+from optimer_engine.cli import optimer
+from optimer_engine.errors import (
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    OptimerError,
+    RecipeError,
+)
+from tests.conftest import nearby, random_tensors
+
+
+@pytest.fixture
+def case(write_checkpoint, tmp_path):
+    """A base and one source that the test may damage: returns (recipe, base, source folders)."""
+    base = random_tensors(0)
+    folders = write_checkpoint("base", base), write_checkpoint("tuned", nearby(base, 1), files=2)
+    recipe = {
+        "base": str(folders[0]),
+        "sources": [{"name": "ja", "model": str(folders[1]), "weight": 0.5}],
+    }
+    return recipe, *folders
+
+
+def refused(recipe, tmp_path, kind, *words):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(kind) as caught:
+        merge(recipe, tmp_path / "out")
+    message = str(caught.value)
+    for word in words:
+        assert word in message
+    assert caught.value.exit_code == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_missing_folder(case, tmp_path):
+    recipe, _, _ = case
+    recipe["sources"][0]["model"] = str(tmp_path / "nowhere")
+    refused(recipe, tmp_path, CheckpointError, "nowhere: no such folder")
+
+
+def test_missing_shard(case, tmp_path):
+    recipe, _, source = case
+    (source / "model-00002-of-00002.safetensors").unlink()
+    refused(
+        recipe, tmp_path, CheckpointError, "tuned", "model-00002-of-00002.safetensors is missing"
+    )
+
+
+def test_shape_mismatch_lists_every_tensor(case, tmp_path, write_checkpoint):
+    recipe, _, _ = case
+    tensors = nearby(random_tensors(0), 1)
+    tensors["model.norm.weight"] = torch.zeros(25, dtype=torch.bfloat16)
+    tensors["model.layers.0.norm.weight"] = torch.zeros(7, dtype=torch.bfloat16)
+    recipe["sources"][0]["model"] = str(write_checkpoint("other", tensors))
+    refused(
+        recipe,
+        tmp_path,
+        MismatchError,
+        "ja: model.norm.weight has shape [25], the base has [24]",
+        "ja: model.layers.0.norm.weight has shape [7], the base has [24]",
+    )
+
+
+def test_extra_and_missing_tensors(case, tmp_path, write_checkpoint):
+    recipe, _, _ = case
+    tensors = nearby(random_tensors(0), 1)
+    tensors["extra"] = tensors.pop("model.norm.weight")
+    recipe["sources"][0]["model"] = str(write_checkpoint("other", tensors))
+    refused(
+        recipe,
+        tmp_path,
+        MismatchError,
+        "ja lacks model.norm.weight [24]",
+        "ja has extra, which the base lacks",
+    )
+
+
+def test_another_architecture(case, tmp_path, write_checkpoint):
+    recipe, _, _ = case
+    other = write_checkpoint("other", nearby(random_tensors(0), 1), {"model_type": "qwen3"})
+    recipe["sources"][0]["model"] = str(other)
+    refused(recipe, tmp_path, MismatchError, "model_type 'qwen3', the base has 'llama'")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_values_in_a_source_are_named(case, tmp_path, write_checkpoint, value):
+    recipe, _, _ = case
+    tensors = nearby(random_tensors(0), 1)
+    tensors["model.layers.1.mlp.weight"][3, 5] = value
+    recipe["sources"][0]["model"] = str(write_checkpoint("other", tensors))
+    refused(
+        recipe,
+        tmp_path,
+        NonFiniteError,
+        "source 'ja': model.layers.1.mlp.weight holds NaN or infinity: first at element 164, 1 in",
+    )
+
+
+def test_overflow_of_the_output_is_named(case, tmp_path, write_checkpoint):
+    recipe, base, _ = case
+    tensors = {n: t.float() for n, t in random_tensors(0).items()}
+    tensors["model.norm.weight"][0] = 7e4
+    recipe["sources"][0]["model"] = str(write_checkpoint("other", tensors))
+    recipe["out_dtype"] = "float16"
+    recipe["sources"][0]["weight"] = 1.0
+    refused(recipe, tmp_path, NonFiniteError, "output", "model.norm.weight", "float16")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: b\nsources: [{name: a, model: m, wieght: 1}]", ["wieght", "did you mean 'weight'"]),
+        ("base: b\nsources: []", ["no sources"]),
+        ("base: b\nbase: c\nsources: []", ["line 2", "'base' stands twice"]),
+        ("base: b\nsources: [{name: a, model: m, weight: .nan}]", ["weight"]),
+        ("base: b\nsources: [{name: a, model: m, weight: .inf}]", ["weight"]),
+        ("base: b\nsources: [{name: a, model: m}, {name: a, model: n}]", ["twice: a"]),
+        ("base: &x b\nsources: [{name: a, model: *x}]", ["anchors"]),
+        ("base: !!python/object:os.system b\nsources: []", ["tags"]),
+        ("base: [b\n", ["line"]),
+        ("base: b\nsources: [{name: a, model: m}]\nout_dtype: int8", ["'int8'", "bfloat16"]),
+        ("base: b\nsources: [{name: a, model: m}]\nmax_shard_size: 5 apples", ["5 apples"]),
+        ("- a", ["recipe.yaml"]),
+        ("[" * 40 + "]" * 40, ["nested deeper than 16"]),
+    ],
+)
+def test_recipes_that_are_refused(tmp_path, text, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        plan(path)
+    assert "recipe.yaml" in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_numbers_are_read_by_the_rules_of_yaml_1_2(tmp_path):
+    from optimer_engine.strict_yaml import parse
+
+    text = "[1e-3, no, 012, 1:30, true, ~, -4, .5, '1', 0x10]"
+    assert parse(text, "x") == [0.001, "no", "012", "1:30", True, None, -4, 0.5, "1", "0x10"]
+
+
+@pytest.mark.parametrize("place", ["{base}", "{base}/inside", "{parent}"])
+def test_an_output_in_or_around_an_input_is_refused(case, tmp_path, place):
+    recipe, base, _ = case
+    out = place.format(base=base, parent=base.parent)
+    with pytest.raises(RecipeError, match="in or around the input"):
+        merge(recipe, out)
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_an_output_that_holds_files_is_left_alone(case, tmp_path):
+    recipe, _, _ = case
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    with pytest.raises(RecipeError, match="not an empty folder"):
+        merge(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+
+
+def test_leftovers_of_an_interrupted_run_are_replaced(case, tmp_path):
+    recipe, _, _ = case
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
+    merge(recipe, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+    plan({**recipe, "base": str(tmp_path / "out")})
+
+
+def test_a_source_that_shrinks_while_it_is_read_is_an_error(case, tmp_path):
+    recipe, _, source = case
+    made = plan(recipe)
+    shard = source / "model-00001-of-00002.safetensors"
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 100)
+    from optimer_engine import FolderSink
+
+    with pytest.raises(CheckpointError, match="model-00001-of-00002.safetensors: ended at byte"):
+        made.run(FolderSink(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_overwritten_while_it_is_read_is_an_error(case, tmp_path):
+    import os
+
+    from optimer_engine import FolderSink
+
+    recipe, _, source = case
+    made = plan(recipe)
+    os.utime(source / "model-00001-of-00002.safetensors", ns=(1, 1))
+    with pytest.raises(CheckpointError, match="was changed while it was being read"):
+        made.run(FolderSink(tmp_path / "out"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+def folder_with(tmp_path, **files):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return folder
+
+
+GOOD = {"w": torch.ones(3)}
+
+
+def index(**weight_map):
+    return json.dumps({"weight_map": weight_map}).encode()
+
+
+def test_folders_that_loaders_read_differently_are_refused(tmp_path):
+    from optimer_engine import Checkpoint
+
+    save_file(GOOD, tmp_path / "good.safetensors")
+    good = (tmp_path / "good.safetensors").read_bytes()
+    shard = {"model-1__safetensors": good}
+    index_name = "model__safetensors__index__json"
+    cases = [
+        ({}, "no model.safetensors"),
+        ({"pytorch_model__bin": b"x"}, "a pickle"),
+        ({"adapter_config__json": b"{}"}, "LoRA adapter"),
+        ({"model__safetensors": good, index_name: index(w="model-1.safetensors")}, "both"),
+        ({**shard, index_name: index(w="../model-1.safetensors")}, "not a plain file name"),
+        ({**shard, index_name: index(w="/etc/passwd")}, "not a plain file name"),
+        ({**shard, index_name: index(w="model-1.safetensors", v="model-1.safetensors")}, "v is not in"),
+        ({**shard, "model-2__safetensors": good,
+          index_name: index(w="model-1.safetensors", x="model-2.safetensors")}, "and in"),
+        ({**shard, index_name: b'{"weight_map": {"w": "a", "w": "b"}}'}, "stands twice"),
+        ({**shard, index_name: b"{}"}, "no weight_map"),
+        ({**shard, index_name: b"{"}, "not readable JSON"),
+        ({"model__safetensors": b"version https://git-lfs.github.com/spec/v1\n"}, "Git LFS pointer"),
+        ({"model__safetensors": b"<!DOCTYPE html><html></html>"}, "HTML page"),
+        ({"model__safetensors": b"GGUF" + bytes(60)}, "GGUF"),
+        ({"model__safetensors": b"PK\3\4" + bytes(60)}, "zip"),
+        ({"model__safetensors": bytes(64)}, "zeros"),
+        ({"model__safetensors": b"abc"}, "3 bytes, not a safetensors file"),
+        ({"model__safetensors": good[:-1]}, "short by 1 bytes"),
+        ({"model__safetensors": good + b"12"}, "2 extra bytes"),
+    ]  # fmt: skip
+    for number, (files, words) in enumerate(cases):
+        (tmp_path / str(number)).mkdir()
+        folder = folder_with(tmp_path / str(number), **files)
+        with pytest.raises(CheckpointError) as caught:
+            Checkpoint.open(folder)
+        assert words in str(caught.value), (number, str(caught.value))
+        assert str(folder) in str(caught.value)
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path):
+    import os
+
+    from optimer_engine import Checkpoint
+
+    folder = folder_with(tmp_path)
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--base", "{base}", "--add", "{tuned}"], "is not MODEL=WEIGHT"),
+        (["--base", "{base}", "--add", "{tuned}=nan"], "weight is nan"),
+        (["--base", "{base}"], "no sources"),
+        (["recipe.yaml", "--base", "{base}"], "not both"),
+        (["nothing.yaml"], "nothing.yaml: no such file"),
+        (["--base", "{base}", "--add", "{tuned}=1", "--out-dtype", "int4"], "'int4'"),
+        (["--base", "{base}", "--add", "{tuned}=1", "--mem-limit", "1kB"], "the limit is 1 kB"),
+    ],
+)
+def test_command_line_mistakes(case, tmp_path, arguments, words):
+    _, base, tuned = case
+    filled = [text.format(base=base, tuned=tuned) for text in arguments]
+    result = CliRunner().invoke(optimer, ["merge", *filled, "-o", str(tmp_path / "out")])
+    assert isinstance(result.exception, OptimerError)
+    assert words in str(result.exception)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,147 @@
+"""The `optimer` program as a user meets it: a process, its two streams and its exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from optimer_engine import __version__
+from optimer_engine.cli import optimer
+from tests.conftest import nearby, random_tensors
+
+
+def program(*arguments, cwd=None):
+    code = "from optimer_engine.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folders(write_checkpoint):
+    base = random_tensors(0)
+    return write_checkpoint("base", base), write_checkpoint("ja", nearby(base, 1))
+
+
+def test_merge_by_flags_and_by_recipe_give_the_same_bytes(folders, tmp_path):
+    base, ja = folders
+    flags = ["--base", base, "--add", f"{ja}=0.25", "-o", tmp_path / "a", "--json"]
+    done = program("merge", *flags)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["recipe"]["sources"][0]["weight"] == 0.25
+    (tmp_path / "recipe.yaml").write_text(
+        f"base: {base}\nsources:\n  - {{name: ja, model: {ja}, weight: 0.25}}\n"
+    )
+    done = program("merge", "recipe.yaml", "-o", "b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "9 tensors" in done.stdout
+    assert done.stderr == ""
+    a, b = (tmp_path / name / "model.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_extract_prints_the_base_and_the_vector_merges(folders, tmp_path):
+    base, ja = folders
+    done = program("extract", base, ja, "-o", tmp_path / "v", "--json")
+    assert done.returncode == 0, done.stderr
+    fingerprint = json.loads(done.stdout)["fingerprints"]["base"]
+    done = program("merge", "--base", base, "--add", f"{tmp_path / 'v'}=1", "-o", tmp_path / "m")
+    assert done.returncode == 0, done.stderr
+    assert (
+        json.loads((tmp_path / "m" / "report.json").read_text())["fingerprints"]["base"]
+        == fingerprint
+    )
+
+
+def test_errors_are_two_lines_on_stderr_and_exit_code_2(folders, tmp_path):
+    base, _ = folders
+    done = program("merge", "--base", base, "--add", "nowhere/at/all=1", "-o", tmp_path / "m")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "optimer: nowhere/at/all: no such folder\n  check the path\n"
+    done = program("--debug", "merge", "--base", base, "--add", "x/y/z=1", "-o", tmp_path / "m")
+    assert "Traceback" in done.stderr
+    assert program("merge", "--nonsense").returncode == 2
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_output_that_cannot_be_written_exits_with_3(folders, tmp_path):
+    base, ja = folders
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "m"
+    done = program("merge", "--base", base, "--add", f"{ja}=1", "-o", out)
+    assert done.returncode == 3, done.stderr
+    assert "cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["merge", "extract", "search", "train", "demo"])
+def test_help_teaches_with_an_example(command):
+    result = CliRunner().invoke(optimer, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.output
+    assert f"optimer {command}" in result.output
+    assert "--json" in result.output
+
+
+def test_help_lists_every_command_and_version_is_printed():
+    listed = CliRunner().invoke(optimer, ["--help"]).output
+    for command in ("merge", "extract", "search", "train", "demo"):
+        assert command in listed
+    assert CliRunner().invoke(optimer, ["--version"]).output.strip().endswith(__version__)
+
+
+def test_an_interrupt_leaves_nothing_and_exits_with_130(folders, tmp_path):
+    base, ja = folders
+    code = f"""
+import optimer_engine.engine as engine
+from optimer_engine.cli import main
+import sys
+def interrupted(self, tile, ring): raise KeyboardInterrupt
+engine._Execution._merge = interrupted
+sys.argv = ["optimer", "merge", "--base", {str(base)!r}, "--add", {str(ja) + "=1"!r}, "-o", "m"]
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "ja"]
+
+
+def test_merged_checkpoints_load_and_run_in_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.01)
+    base.save_pretrained(tmp_path / "tuned", max_shard_size="4KB")
+    assert len(list((tmp_path / "tuned").glob("*.safetensors"))) > 1
+    done = program(
+        "merge", "--base", tmp_path / "base", "--add", f"{tmp_path / 'tuned'}=1",
+        "--max-shard-size", "4KB", "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    merged, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert not any(info.values())
+    for ours, theirs in zip(merged.parameters(), base.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    generated = merged.generate(torch.tensor([[1, 2]]), min_new_tokens=3, max_new_tokens=3)
+    assert generated.shape == (1, 5)
