@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,8 @@ def test_planning_never_imports_torch_and_help_imports_nothing_heavy():
     done = fresh(f"{listed}; import sys; print('torch' in sys.modules)")
     assert done.stdout.strip() == "False", done.stderr
     done = fresh(
-        "import sys; from optimer_engine.cli import optimer; optimer(['--help'], standalone_mode=False);"
+        "import sys; from optimer_engine.cli import optimer;"
+        "optimer(['--help'], standalone_mode=False);"
         f"print(sorted(set(sys.modules) & {HEAVY | {'numpy', 'yaml', 'msgspec'}!r}))"
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -143,10 +145,10 @@ def test_plain_kernels_is_never_our_folder():
 
 
 def test_the_wheel_holds_the_kernels_and_the_demo_files(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), str(ROOT)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests")
+    source = shutil.copytree(ROOT, tmp_path / "source", symlinks=True, ignore=ignored)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path)]
+    done = subprocess.run([*command, source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     import zipfile
 

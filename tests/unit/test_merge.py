@@ -373,3 +373,13 @@ def test_memory_is_bounded_and_a_limit_too_small_is_refused(pool):
     assert small.tile_bytes < plan(recipe, threads=2).tile_bytes
     with pytest.raises(MemoryError, match="the limit is 100 kB"):
         plan(recipe, mem_limit="100kB", threads=2)
+
+
+def test_a_view_is_the_tensor_lazily(pool):
+    recipe, base, _ = pool(files=3)
+    with Checkpoint.open(recipe["base"]) as checkpoint:
+        for name, tensor in base.items():
+            view = checkpoint.view(name)
+            assert view.shape == tuple(tensor.shape)
+            assert not view.flags.writeable
+            assert np.array_equal(view, tensor.view(torch.int16).numpy().view(np.uint16))
