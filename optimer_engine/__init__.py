@@ -17,7 +17,7 @@ import importlib
 
 _HOME = {
     "Checkpoint": "checkpoint",
-    "FolderSink": "sink",
+    "FolderSink": "folder_sink",
     "LiveModelSink": "sink",
     "OptimerError": "errors",
     "Plan": "planner",

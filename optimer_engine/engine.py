@@ -21,10 +21,13 @@ from optimer_engine import ops
 from optimer_engine.checkpoint import VECTOR
 from optimer_engine.errors import MismatchError, NonFiniteError, quoted
 from optimer_engine.events import Advanced, Callback, Event, Finished, Started
+from optimer_engine.folder_sink import FolderSink
 from optimer_engine.planner import MEM_LIMIT, Piece, Plan, Run, plan, plan_difference
 from optimer_engine.recipe import Recipe
 from optimer_engine.report import Report, peak_mem_bytes, versions
-from optimer_engine.sink import FolderSink, Sink
+from optimer_engine.sink import Sink
+
+SETTLE_EVERY_S = 0.01
 
 Tile = tuple[Run, int, int]
 
@@ -33,22 +36,27 @@ def merge(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     out: str | Path,
     *,
+    discard: bool = False,
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Report:
     """Merge as `recipe` says into the new folder `out`.
 
+    A merge that was interrupted, by a signal, a full disk or a power cut, is continued by the same
+    call and ends with the same bytes.
+
     Args:
         recipe: a Recipe, a mapping, or the path of a YAML file.
         out: must not exist, or be empty; appears only when it is complete.
+        discard: start afresh instead of continuing.
 
     Raises:
-        OptimerError: with nothing left behind; see `plan` for what is checked before the start.
+        OptimerError: bad input leaves nothing behind, a failing disk a state to continue from; see
+            `plan` for what is checked before the start.
     """
-    return _run_closing(
-        plan(recipe, mem_limit=mem_limit, threads=threads), FolderSink(out), callbacks
-    )
+    made = plan(recipe, mem_limit=mem_limit, threads=threads)
+    return _run_closing(made, FolderSink(out, discard=discard), callbacks)
 
 
 def extract(
@@ -101,8 +109,8 @@ def run(
             checkpoint.check_unchanged()
         report = _report(made, execution.bytes_read, time.perf_counter() - started)
         sink.commit(report)
-    except BaseException:
-        sink.abort()
+    except BaseException as error:
+        sink.abort(error)
         raise
     execution.emit(Finished(report))
     return report
@@ -132,14 +140,23 @@ class _Execution:
             callback(event)
 
     def run(self) -> None:
-        with ThreadPoolExecutor(self.plan.threads, thread_name_prefix="merge") as pool:
+        with ThreadPoolExecutor(self.plan.threads + 1, thread_name_prefix="merge") as pool:
+            settler = pool.submit(self._settle)
             workers = [pool.submit(self._work) for _ in range(self.plan.threads)]
             try:
                 for worker in workers:
                     worker.result()
-            except BaseException:
+            finally:
                 self.stop.set()
-                raise
+            settler.result()
+
+    def _settle(self) -> None:
+        """Let the sink settle what is written, beside the workers."""
+        try:
+            while not self.stop.wait(SETTLE_EVERY_S):
+                self.sink.settle()
+        finally:
+            self.stop.set()
 
     def _work(self) -> None:
         # Rows are skewed by one cache line, or equal offsets would compete for the same cache sets.
@@ -151,7 +168,11 @@ class _Execution:
             if tile is None:
                 return
             try:
-                read_bytes, out_bytes = self._merge(tile, ring)
+                stretch, start, stop = tile
+                if self.sink.has(stretch, start, stop):
+                    read_bytes, out_bytes = 0, (stop - start) * stretch.out.dtype.itemsize
+                else:
+                    read_bytes, out_bytes = self._merge(tile, ring)
             except BaseException:
                 self.stop.set()
                 raise

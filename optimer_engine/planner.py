@@ -70,10 +70,10 @@ class Run:
     copied: bool
 
     def tile_elems(self, tile_bytes: int) -> int:
-        """Elements of a tile whose widest operand takes `tile_bytes`; a multiple of 2048."""
+        """Elements of a tile whose widest operand takes `tile_bytes`."""
         pieces = (self.base, self.out, *(piece for _, piece in self.sources))
         widest = max(piece.dtype.itemsize for piece in pieces)
-        return max(2048, tile_bytes // widest // 2048 * 2048)
+        return max(1, tile_bytes // widest)
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[TensorInfo, int, int, int]]:
         """Tensors met by elements start..stop: (tensor, first element in it, from, to in run)."""

@@ -8,6 +8,9 @@ from typing import Any
 
 import msgspec
 
+Digest = tuple[int, int, str]
+"""(first byte, byte after the last, xxh3-128 in hex) of a range of a file."""
+
 
 class Report(msgspec.Struct, kw_only=True):
     """Facts of one run of the engine.
@@ -22,6 +25,7 @@ class Report(msgspec.Struct, kw_only=True):
         projected_mem_bytes: the bound the plan gave for the engine's own buffers.
         peak_mem_bytes: largest resident size of the whole process so far, as the system saw it.
         warnings: what was noticed and not refused.
+        files: ranges and hashes that cover every file of the output but report.json itself.
         versions: of this package, Python and the libraries that touched the numbers.
     """
 
@@ -40,6 +44,7 @@ class Report(msgspec.Struct, kw_only=True):
     peak_mem_bytes: int = 0
     warnings: list[str] = []
     versions: dict[str, str] = {}
+    files: dict[str, list[Digest]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

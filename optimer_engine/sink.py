@@ -1,4 +1,4 @@
-"""Where merged tiles go: a folder of safetensors, a live model, or a class of your own.
+"""Where merged tiles go: the protocol, and a live model. Folders are in `folder_sink`.
 
 A sink of your own needs one method, `write`; a null sink for timing is
 
@@ -8,36 +8,17 @@ A sink of your own needs one method, `write`; a null sink for timing is
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from optimer_engine import ops
-from optimer_engine.checkpoint import MODEL
-from optimer_engine.errors import MismatchError, OutputError, RecipeError, quoted
+from optimer_engine.errors import MismatchError, quoted
 from optimer_engine.planner import Plan, Run
-from optimer_engine.types import DType, TensorInfo, format_bytes
+from optimer_engine.types import TensorInfo
 
 if TYPE_CHECKING:
     from optimer_engine.report import Report
-
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "*token*.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "*processor_config.json",
-)
-"""Files beside the weights that a merged model takes over from its base, byte for byte."""
 
 
 class Sink:
@@ -45,6 +26,10 @@ class Sink:
 
     def open(self, plan: Plan) -> None:
         """Check and prepare; called before the first tile."""
+
+    def has(self, run: Run, start: int, stop: int) -> bool:
+        """Whether an earlier, interrupted run left these elements whole, so they can be skipped."""
+        return False
 
     def write(self, info: TensorInfo, start: int, tile: np.ndarray) -> None:
         """Take elements start, start+1, ... of tensor `info`, flat, in `info.dtype.storage`.
@@ -58,141 +43,14 @@ class Sink:
         for info, first, low, high in run.parts(start, start + tile.size):
             self.write(info, first, tile[low - start : high - start])
 
+    def settle(self) -> None:
+        """Called again and again on a thread of its own while tiles come in."""
+
     def commit(self, report: Report) -> None:
         """All tiles are written: publish the result."""
 
-    def abort(self) -> None:
-        """The run failed: leave nothing behind."""
-
-
-class FolderSink(Sink):
-    """A checkpoint folder as `save_pretrained` would write it, that appears only when complete.
-
-    Files are preallocated in OUT.partial beside OUT and written at their final offsets; when all
-    is synced to disk, one rename publishes the folder.
-
-    Args:
-        out: must not exist, or be an empty folder; not inside, around or equal to an input.
-    """
-
-    def __init__(self, out: str | Path) -> None:
-        self.out = Path(out)
-        self._partial = self.out.parent / f"{self.out.name}.partial"
-        self._files: list[int] = []
-        self._lock: int | None = None
-        self._plan: Plan | None = None
-
-    def open(self, plan: Plan) -> None:
-        """Raises RecipeError for an unusable `out`, OutputError when disk space lacks."""
-        self._plan = plan
-        self._check_place(plan)
-        try:
-            self._partial.mkdir(parents=True, exist_ok=True)
-            self._take_over()
-            needed = sum(shard.size for shard in plan.shards)
-            free = shutil.disk_usage(self._partial).free
-            if free < needed:
-                raise OutputError(
-                    f"needs {format_bytes(needed)}, {format_bytes(free)} are free",
-                    where=str(self.out),
-                    todo="free some space or choose another disk",
-                )
-            for shard in plan.shards:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-                fd = os.open(self._partial / shard.name, flags, 0o666)
-                self._files.append(fd)
-                _allocate(fd, shard.size)
-                _write_all(fd, memoryview(shard.header), 0)
-        except OutputError:
-            raise
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _check_place(self, plan: Plan) -> None:
-        out = self.out.resolve()
-        for folder in {c.folder.resolve() for c in (plan.base, *plan.sources)}:
-            if out == folder or out in folder.parents or folder in out.parents:
-                raise RecipeError(
-                    f"lies in or around the input {folder}",
-                    where=str(self.out),
-                    todo="write the output somewhere else",
-                )
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise RecipeError(
-                "exists and is not an empty folder",
-                where=str(self.out),
-                todo="choose another output or remove it first",
-            )
-
-    def _take_over(self) -> None:
-        """Lock OUT.partial; clear what an interrupted run left in it."""
-        self._lock = os.open(self._partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            self._lock = None
-            raise RecipeError(
-                "another run is writing it now", where=str(self.out), todo="wait for it"
-            ) from None
-        for leftover in self._partial.iterdir():
-            leftover.unlink()
-
-    def write_run(self, run: Run, start: int, tile: np.ndarray) -> None:
-        """A run is contiguous in its file: one write."""
-        offset = run.out.offset + start * run.out.dtype.itemsize
-        try:
-            _write_all(self._files[run.out.file], tile.view(np.uint8).data, offset)
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def commit(self, report: Report) -> None:
-        """Sync, add index, companions and report.json, and rename into place."""
-        assert self._plan is not None
-        report.out = str(self.out)
-        try:
-            for fd in self._files:
-                os.fsync(fd)
-            if len(self._plan.shards) > 1:
-                name = f"{self._plan.kind}.safetensors.index.json"
-                _write_file(self._partial / name, _index(self._plan))
-            if self._plan.kind == MODEL:
-                self._copy_companions(self._plan)
-            text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            _write_file(self._partial / "report.json", text.encode())
-            assert self._lock is not None
-            os.fsync(self._lock)
-            self._partial.rename(self.out)
-            parent = os.open(self.out.parent, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(parent)
-            os.close(parent)
-        except OSError as error:
-            raise self._failed(error) from error
-        self._close()
-
-    def _copy_companions(self, plan: Plan) -> None:
-        found = {path for pattern in COMPANIONS for path in plan.base.folder.glob(pattern)}
-        for path in sorted(path for path in found if path.is_file()):
-            content = path.read_bytes()
-            if path.name == "config.json" and plan.recipe.out_dtype:
-                content = _config_with_dtype(plan)
-            _write_file(self._partial / path.name, content)
-
-    def abort(self) -> None:
-        """Remove OUT.partial, if it is ours."""
-        if self._lock is not None:
-            shutil.rmtree(self._partial, ignore_errors=True)
-        self._close()
-
-    def _close(self) -> None:
-        for fd in (*self._files, self._lock):
-            if fd is not None:
-                os.close(fd)
-        self._files, self._lock = [], None
-
-    def _failed(self, error: OSError) -> OutputError:
-        todo = "free some space" if error.errno == errno.ENOSPC else "check the disk and the folder"
-        return OutputError(f"cannot be written: {error.strerror}", where=str(self.out), todo=todo)
+    def abort(self, error: BaseException) -> None:
+        """The run failed: leave nothing behind, or only what a next run can continue."""
 
 
 class LiveModelSink(Sink):
@@ -243,44 +101,3 @@ class LiveModelSink(Sink):
         flat = self._flat.get(info.name)
         if flat is not None:
             flat[start : start + tile.size].copy_(ops.as_torch(tile, info.dtype))
-
-
-def _index(plan: Plan) -> bytes:
-    weight_map = {info.name: shard.name for shard in plan.shards for info in shard.tensors}
-    index = {
-        "metadata": {"total_size": plan.out_bytes},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _config_with_dtype(plan: Plan) -> bytes:
-    """config.json naming the dtype the merge wrote, where it differs from the base's."""
-    config = dict(plan.base.config)
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = DType.parse(str(plan.recipe.out_dtype)).torch_name
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _allocate(fd: int, size: int) -> None:
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.truncate(fd, size)
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        _write_all(fd, memoryview(content), 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)

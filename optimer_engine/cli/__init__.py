@@ -67,5 +67,5 @@ def main() -> None:
         click.echo(f"optimer: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("optimer: interrupted; nothing was left half-written", err=True)
+        click.echo("optimer: interrupted; the same command continues where it stopped", err=True)
         sys.exit(130)

@@ -24,6 +24,7 @@ from optimer_engine.types import format_bytes
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder.")
 @click.option("--out-dtype", metavar="DTYPE", help="E.g. float32; default: the base's.")
 @click.option("--max-shard-size", metavar="SIZE", help="Per file; default 5GB.")
+@click.option("--discard", is_flag=True, help="Start afresh; default: continue if interrupted.")
 @click.option("--mem-limit", default="512MiB", show_default=True, help="Beyond the interpreter.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one per core.")
 @json_option
@@ -34,6 +35,7 @@ def command(
     out: Path,
     out_dtype: str | None,
     max_shard_size: str | None,
+    discard: bool,
     mem_limit: str,
     threads: int | None,
     as_json: bool,
@@ -67,7 +69,12 @@ def command(
     wanted.out_dtype = out_dtype or wanted.out_dtype
     wanted.max_shard_size = max_shard_size or wanted.max_shard_size
     report = merge(
-        wanted, out, mem_limit=mem_limit, threads=threads, callbacks=[bar(f"merge {out.name}")]
+        wanted,
+        out,
+        discard=discard,
+        mem_limit=mem_limit,
+        threads=threads,
+        callbacks=[bar(f"merge {out.name}")],
     )
     for warning in report.warnings:
         click.echo(f"optimer: warning: {warning}", err=True)

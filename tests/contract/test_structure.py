@@ -19,7 +19,8 @@ PACKAGE = ROOT / "optimer_engine"
 # Each module may import only what stands before it.
 ORDER = [
     "errors", "types", "strict_yaml", "recipe", "safetensors_format", "checkpoint", "hub", "report",
-    "events", "progress", "planner", "ops", "sink", "engine", "search", "train", "demo", "cli",
+    "journal", "events", "progress", "planner", "ops", "sink", "folder_sink",
+    "engine", "search", "train", "demo", "cli",
 ]  # fmt: skip
 WITHOUT_TORCH = ORDER[: ORDER.index("ops") + 1]
 HEAVY = {"torch", "transformers", "datasets", "smac", "lm_eval", "matplotlib", "huggingface_hub",
