@@ -29,6 +29,7 @@ _HOME = {
     "merge": "engine",
     "ops": "",
     "plan": "planner",
+    "verify_output": "verify",
 }
 
 __version__ = "0.1.0"

@@ -142,6 +142,26 @@ class Plan:
         ring = self.threads * operands * (self.tile_bytes + 4096 + 64)
         return ring + BOOKKEEPING_BYTES * operands * len(self._matches)
 
+    def facts(self) -> dict[str, Any]:
+        """What running the plan reads, writes and needs, as plain data."""
+        read = 0
+        for stretch in self.runs():
+            pieces = (stretch.base, *(piece for _, piece in stretch.sources))
+            read += stretch.elems * sum(piece.dtype.itemsize for piece in pieces)
+        return {
+            "formula": " + ".join(
+                ["base", *(f"{s.weight:g}*({s.name})" for s in self.recipe.sources if s.weight)]
+            ),
+            "tensors": len(self._matches),
+            "files": [shard.name for shard in self.shards],
+            "read_bytes": read,
+            "write_bytes": sum(shard.size for shard in self.shards),
+            "memory_bytes": self.projected_mem_bytes,
+            "tile_bytes": self.tile_bytes,
+            "threads": self.threads,
+            "warnings": list(self.warnings),
+        }
+
     def with_weights(self, weights: Mapping[str, float]) -> Plan:
         """The same plan with new weights by source name; sources not named keep theirs.
 

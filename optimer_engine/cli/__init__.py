@@ -18,8 +18,10 @@ _COMMANDS = {
     "demo": "Run the whole loop on real text, on a CPU, in minutes.",
     "extract": "Subtract a base from a trained checkpoint: a distribution vector.",
     "merge": "Merge a base and weighted sources into a new checkpoint.",
+    "plan": "Say what a merge would read, write and need.",
     "search": "Search the weights of a merge for an objective.",
     "train": "Continually pre-train a base on a dataset, with HF Trainer.",
+    "verify": "Check that an output is whole and unchanged.",
 }
 
 

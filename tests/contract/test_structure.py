@@ -20,7 +20,7 @@ PACKAGE = ROOT / "optimer_engine"
 ORDER = [
     "errors", "types", "strict_yaml", "recipe", "safetensors_format", "checkpoint", "hub", "report",
     "journal", "events", "progress", "planner", "ops", "sink", "folder_sink",
-    "engine", "search", "train", "demo", "cli",
+    "engine", "verify", "search", "train", "demo", "cli",
 ]  # fmt: skip
 WITHOUT_TORCH = ORDER[: ORDER.index("ops") + 1]
 HEAVY = {"torch", "transformers", "datasets", "smac", "lm_eval", "matplotlib", "huggingface_hub",

@@ -1,0 +1,45 @@
+"""`optimer plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optimer_engine.cli.output import emit, json_option
+from optimer_engine.types import format_bytes
+
+
+@click.command(name="plan")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--mem-limit", default="512MiB", show_default=True, help="Beyond the interpreter.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one per core.")
+@json_option
+def command(recipe: Path, mem_limit: str, threads: int | None, as_json: bool) -> None:
+    """Say what a merge would read, write and need, and refuse what cannot work.
+
+    Opens every checkpoint's headers, checks that they fit, and writes nothing.
+
+    \b
+    Example:
+      optimer plan recipe.yaml
+    """
+    from optimer_engine.planner import plan
+
+    made = plan(recipe, mem_limit=mem_limit, threads=threads)
+    facts: dict[str, Any] = made.facts()
+    emit(
+        facts,
+        "\n".join(
+            f"{key.removesuffix('_bytes').replace('_', ' '):>14}: {_shown(key, value)}"
+            for key, value in facts.items()
+        ),
+        as_json,
+    )
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return format_bytes(value)
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

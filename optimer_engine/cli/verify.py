@@ -1,0 +1,34 @@
+"""`optimer verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optimer_engine.cli.output import emit, json_option
+from optimer_engine.types import format_bytes
+
+
+@click.command(name="verify")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--full", is_flag=True, help="Compute it again from its sources and compare.")
+@json_option
+def command(out: Path, full: bool, as_json: bool) -> None:
+    """Check that a merged model or a vector is whole and unchanged.
+
+    Reads the folder OUT once and compares it with the hashes that were published with it.
+
+    \b
+    Example:
+      optimer verify merged --full
+    """
+    from optimer_engine.progress import bar
+    from optimer_engine.verify import verify_output
+
+    result: dict[str, Any] = verify_output(out, full=full, callbacks=[bar(f"verify {out.name}")])
+    text = f"{out}: {result['files']} files, {format_bytes(result['bytes'])} as published"
+    if full:
+        text += f"; {format_bytes(result['recomputed'])} computed again and equal"
+    emit(result, text, as_json)

@@ -1,0 +1,131 @@
+"""Is an output still what was published, and is it what its sources give?
+
+Every output carries the hashes of its files in report.json, so damage is found by reading it once.
+`full` goes further: the recipe is run again, tile by tile, into a sink that compares.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from optimer_engine.checkpoint import Checkpoint
+from optimer_engine.engine import run
+from optimer_engine.errors import CheckpointError
+from optimer_engine.events import Callback
+from optimer_engine.journal import hash_range
+from optimer_engine.planner import Plan, Run, plan, plan_difference
+from optimer_engine.recipe import Recipe, decode
+from optimer_engine.report import Report
+from optimer_engine.sink import Sink
+
+
+def verify_output(
+    out: str | Path, *, full: bool = False, callbacks: Sequence[Callback] = ()
+) -> dict[str, object]:
+    """Check a folder that `merge` or `extract` wrote.
+
+    Args:
+        full: also compute it again from its sources and compare every byte.
+
+    Returns:
+        {"files": number checked, "bytes": hashed, "recomputed": bytes compared}.
+
+    Raises:
+        CheckpointError: naming the first file, or tensor, that is not as published.
+        OptimerError: with `full`, whatever keeps the recipe from running again.
+    """
+    out = Path(out)
+    report = _read_report(out)
+    present = {path.name for path in out.iterdir()} - {"report.json"}
+    for name in sorted(present ^ set(report.files)):
+        what = "is missing" if name in report.files else "was not written by the merge"
+        raise CheckpointError(what, where=str(out / name), todo="merge again")
+    total = sum(_check_file(out / name, ranges) for name, ranges in report.files.items())
+    Checkpoint.open(out).close()
+    recomputed = 0
+    if full:
+        made = _plan_again(report, out)
+        try:
+            recomputed = run(made, _Compare(out), callbacks=callbacks).bytes_written
+        finally:
+            made.close()
+    return {"files": len(report.files), "bytes": total, "recomputed": recomputed}
+
+
+def _read_report(out: Path) -> Report:
+    path = out / "report.json"
+    try:
+        report = msgspec.json.decode(path.read_bytes(), type=Report)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(
+            f"no readable report: {error}",
+            where=str(path),
+            todo="name a folder that optimer merge or optimer extract wrote",
+        ) from error
+    return report
+
+
+def _check_file(path: Path, ranges: list[tuple[int, int, str]]) -> int:
+    size = path.stat().st_size
+    expected = max((end for _, end, _ in ranges), default=0)
+    if size != expected:
+        raise CheckpointError(f"{size} bytes, {expected} were published", where=str(path))
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for begin, end, digest in ranges:
+            found = hash_range(fd, begin, end)
+            if found != digest:
+                raise CheckpointError(
+                    f"bytes {begin} to {end} have hash {found}, {digest} was published",
+                    where=str(path),
+                    todo="the file was changed or the disk is failing; merge again",
+                )
+    finally:
+        os.close(fd)
+    return size
+
+
+def _plan_again(report: Report, out: Path) -> Plan:
+    recipe = decode(report.recipe, Recipe, str(out / "report.json"))
+    if report.operation == "trained - base":
+        assert recipe.out_dtype is not None
+        metadata = Checkpoint.open(out).metadata
+        return plan_difference(
+            recipe.base, recipe.sources[0].model, dtype=recipe.out_dtype, metadata=metadata
+        )
+    return plan(recipe)
+
+
+class _Compare(Sink):
+    """Compares tiles with the bytes of a folder that should hold them already."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def open(self, plan: Plan) -> None:
+        """Raises CheckpointError when the sources now lead to another layout."""
+        self.published = Checkpoint.open(self.out)
+        names = [file.path.name for file in self.published.files]
+        if names != [shard.name for shard in plan.shards]:
+            raise CheckpointError(
+                f"has files {', '.join(names)}, the recipe gives"
+                f" {', '.join(shard.name for shard in plan.shards)}",
+                where=str(self.out),
+            )
+
+    def write_run(self, run: Run, start: int, tile: np.ndarray) -> None:
+        found = np.empty(tile.nbytes, np.uint8)
+        offset = run.out.offset + start * run.out.dtype.itemsize
+        self.published.read_into(run.out.file, offset, found.data)
+        if not np.array_equal(found, tile.view(np.uint8)):
+            names = ", ".join(info.name for info, *_ in run.parts(start, start + tile.size))
+            raise CheckpointError(
+                f"{names} differs from what the sources give now",
+                where=str(self.out),
+                todo="the sources or the output changed since; merge again",
+            )

@@ -1,0 +1,96 @@
+"""`verify` finds what changed; `plan` says what a merge needs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from optimer_engine import extract, merge, plan
+from optimer_engine.cli import optimer
+from optimer_engine.errors import CheckpointError
+from optimer_engine.verify import verify_output
+from tests.conftest import nearby, random_tensors
+
+
+@pytest.fixture
+def merged(write_checkpoint, tmp_path):
+    base = random_tensors(0)
+    recipe = {
+        "base": str(write_checkpoint("base", base)),
+        "sources": [
+            {"name": "ja", "model": str(write_checkpoint("ja", nearby(base, 1))), "weight": 0.5}
+        ],
+        "max_shard_size": "3kB",
+    }
+    merge(recipe, tmp_path / "out")
+    return recipe, tmp_path / "out"
+
+
+def test_an_untouched_output_verifies_and_recomputes(merged, tmp_path):
+    recipe, out = merged
+    size = sum(p.stat().st_size for p in out.iterdir() if p.name != "report.json")
+    assert verify_output(out)["bytes"] == size
+    assert verify_output(out, full=True)["recomputed"] > 0
+    extract(recipe["base"], recipe["sources"][0]["model"], tmp_path / "v", metadata={"a": "b"})
+    assert verify_output(tmp_path / "v", full=True)["recomputed"] > 0
+
+
+@pytest.mark.parametrize("pattern", ["model-00001*", "model-00002*", "*.index.json", "config.json"])
+def test_one_flipped_bit_anywhere_is_found(merged, pattern):
+    _, out = merged
+    path = next(out.glob(pattern))
+    content = bytearray(path.read_bytes())
+    for at in {0, len(content) // 2, len(content) - 1}:
+        content[at] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=path.name):
+            verify_output(out)
+        content[at] ^= 1
+    path.write_bytes(content)
+    verify_output(out)
+
+
+def test_missing_cut_and_added_files_are_found(merged):
+    _, out = merged
+    shard = next(out.glob("model-00001*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=f"{len(content) - 1} bytes, {len(content)} were"):
+        verify_output(out)
+    shard.write_bytes(content)
+    (out / "extra.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="was not written by the merge"):
+        verify_output(out)
+    (out / "extra.safetensors").unlink()
+    (out / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        verify_output(out)
+
+
+def test_full_finds_a_source_that_changed(merged, write_checkpoint):
+    recipe, out = merged
+    import shutil
+
+    source = recipe["sources"][0]["model"]
+    shutil.rmtree(source)
+    write_checkpoint("ja", nearby(random_tensors(0), 2))
+    verify_output(out)
+    with pytest.raises(CheckpointError, match="differs from what the sources give now"):
+        verify_output(out, full=True)
+
+
+def test_plan_prints_what_the_merge_then_does(merged, tmp_path):
+    recipe, out = merged
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    shown = CliRunner().invoke(optimer, ["plan", str(tmp_path / "recipe.yaml"), "--json"])
+    facts = json.loads(shown.output)
+    report = json.loads((out / "report.json").read_text())
+    assert facts["read_bytes"] == report["bytes_read"]
+    assert facts["write_bytes"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert facts["memory_bytes"] == report["projected_mem_bytes"]
+    assert facts["formula"] == "base + 0.5*(ja)"
+    assert plan(recipe).with_weights({"ja": 0}).facts()["read_bytes"] < facts["read_bytes"]
+    text = CliRunner().invoke(optimer, ["plan", str(tmp_path / "recipe.yaml")]).output
+    assert "memory" in text
