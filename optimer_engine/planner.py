@@ -33,7 +33,7 @@ MEM_LIMIT = "512MiB"
 TILE_BYTES = 512 * 1024
 """Per operand: larger tiles fall out of the second-level cache, smaller ones cost bookkeeping."""
 MIN_TILE_BYTES = 16 * 1024
-BOOKKEEPING_BYTES = 2048
+BOOKKEEPING_BYTES = 500
 """Rough cost in memory of one tensor's names and offsets in one checkpoint."""
 MAX_LISTED = 20
 

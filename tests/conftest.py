@@ -23,7 +23,7 @@ WriteCheckpoint = Callable[..., Path]
 
 @pytest.fixture
 def write_checkpoint(tmp_path: Path) -> WriteCheckpoint:
-    """write_checkpoint(name, tensors, config={}, files=1) -> folder as save_pretrained leaves it."""
+    """write(name, tensors, config={}, files=1) -> a folder as save_pretrained leaves it."""
 
     def write(name: str, tensors: Tensors, config: Mapping | None = None, files: int = 1) -> Path:
         folder = tmp_path / name

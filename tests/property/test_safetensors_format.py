@@ -91,7 +91,7 @@ pieces = st.sampled_from(
         b"0",
         b'"x":1,',
         b"}",
-    ]  # fmt: skip
+    ]
 )
 
 

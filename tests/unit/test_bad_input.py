@@ -109,7 +109,7 @@ def test_nonfinite_values_in_a_source_are_named(case, tmp_path, write_checkpoint
 
 
 def test_overflow_of_the_output_is_named(case, tmp_path, write_checkpoint):
-    recipe, base, _ = case
+    recipe, _, _ = case
     tensors = {n: t.float() for n, t in random_tensors(0).items()}
     tensors["model.norm.weight"][0] = 7e4
     recipe["sources"][0]["model"] = str(write_checkpoint("other", tensors))
@@ -188,7 +188,7 @@ def test_a_source_that_shrinks_while_it_is_read_is_an_error(case, tmp_path):
         file.truncate(shard.stat().st_size - 100)
     from optimer_engine import FolderSink
 
-    with pytest.raises(CheckpointError, match="model-00001-of-00002.safetensors: ended at byte"):
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors: ended at byte"):
         made.run(FolderSink(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -236,13 +236,14 @@ def test_folders_that_loaders_read_differently_are_refused(tmp_path):
         ({"model__safetensors": good, index_name: index(w="model-1.safetensors")}, "both"),
         ({**shard, index_name: index(w="../model-1.safetensors")}, "not a plain file name"),
         ({**shard, index_name: index(w="/etc/passwd")}, "not a plain file name"),
-        ({**shard, index_name: index(w="model-1.safetensors", v="model-1.safetensors")}, "v is not in"),
+        ({**shard, index_name: index(w="model-1.safetensors", v="model-1.safetensors")},
+         "v is not in"),
         ({**shard, "model-2__safetensors": good,
           index_name: index(w="model-1.safetensors", x="model-2.safetensors")}, "and in"),
         ({**shard, index_name: b'{"weight_map": {"w": "a", "w": "b"}}'}, "stands twice"),
         ({**shard, index_name: b"{}"}, "no weight_map"),
         ({**shard, index_name: b"{"}, "not readable JSON"),
-        ({"model__safetensors": b"version https://git-lfs.github.com/spec/v1\n"}, "Git LFS pointer"),
+        ({"model__safetensors": b"version https://git-lfs.github.com/spec/v1\n"}, "Git LFS"),
         ({"model__safetensors": b"<!DOCTYPE html><html></html>"}, "HTML page"),
         ({"model__safetensors": b"GGUF" + bytes(60)}, "GGUF"),
         ({"model__safetensors": b"PK\3\4" + bytes(60)}, "zip"),

@@ -368,8 +368,8 @@ def test_runs_join_tensors_that_adjoin_everywhere(pool):
 
 def test_memory_is_bounded_and_a_limit_too_small_is_refused(pool):
     recipe, _, _ = pool()
-    small = plan(recipe, mem_limit="2MiB", threads=2)
-    assert small.projected_mem_bytes <= 2 * 2**20
+    small = plan(recipe, mem_limit="1MiB", threads=2)
+    assert small.projected_mem_bytes <= 2**20
     assert small.tile_bytes < plan(recipe, threads=2).tile_bytes
     with pytest.raises(MemoryError, match="the limit is 100 kB"):
         plan(recipe, mem_limit="100kB", threads=2)

@@ -1,0 +1,137 @@
+"""The base going in and the trained checkpoint coming out."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from optimer_engine.checkpoint import MODEL, Checkpoint
+from optimer_engine.errors import CheckpointError, RecipeError
+from optimer_engine.hub import locate
+from optimer_engine.train.resume import sync
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Base(msgspec.Struct, frozen=True):
+    """The checkpoint a run starts from.
+
+    Attributes:
+        folder: where it lies, downloaded if need be.
+        fingerprint: of its tensors.
+        dtype: torch name of the dtype of most of its floating-point elements.
+    """
+
+    folder: Path
+    fingerprint: str
+    dtype: str
+
+
+def find_base(model: str, revision: str | None) -> Base:
+    """Find and identify a base; only headers and samples are read.
+
+    Raises:
+        CheckpointError: there is none, or it is no full checkpoint.
+    """
+    folder = locate(model, revision)
+    with Checkpoint.open(folder) as checkpoint:
+        if checkpoint.kind != MODEL:
+            raise CheckpointError(
+                "is a distribution vector, expected a full checkpoint",
+                where=str(folder),
+                todo="name the base that the run starts from",
+            )
+        elems: Counter[str] = Counter()
+        for info in checkpoint.tensors.values():
+            if info.dtype.mergeable:
+                elems[info.dtype.torch_name] += info.elems
+        if not elems:
+            raise CheckpointError("has no floating-point tensor", where=str(folder))
+        return Base(folder, checkpoint.fingerprint, elems.most_common(1)[0][0])
+
+
+def load(base: Path, block_size: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base as a causal language model in float32, and its tokenizer.
+
+    Raises:
+        CheckpointError: either cannot be loaded, no EOS token, tensors missing or unknown.
+        RecipeError: `block_size` exceeds the base's positions.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"its tokenizer cannot be loaded: {_first_line(error)}",
+            where=str(base),
+            todo="put the tokenizer's files into the base's folder",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            "its tokenizer has no EOS token to put between documents",
+            where=str(base),
+            todo="set eos_token in tokenizer_config.json",
+        )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        model, loading = loaded
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot be loaded as a causal language model: {_first_line(error)}", where=str(base)
+        ) from error
+    for kind, fault in (
+        ("missing_keys", "lacks {} tensors of its architecture, which would start at random"),
+        ("unexpected_keys", "has {} tensors that its architecture does not know and would drop"),
+    ):
+        if names := sorted(loading[kind]):
+            raise CheckpointError(
+                f"{fault.format(len(names))}; the first is {names[0]!r}",
+                where=str(base),
+                todo="restore the checkpoint, or correct config.json",
+            )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and block_size > positions:
+        raise RecipeError(
+            f"{block_size} tokens, but the base has {positions} positions",
+            where="block_size",
+            todo=f"set it to at most {positions}",
+        )
+    return model, tokenizer
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str, folder: Path
+) -> None:
+    """Write a checkpoint folder that appears only when it is whole."""
+    import torch
+
+    partial = folder.with_name(folder.name + ".partial")
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.to(getattr(torch, dtype)).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    mode = (partial / "config.json").stat().st_mode
+    for path in partial.iterdir():
+        path.chmod(mode)  # safetensors writes 0600 whatever the umask
+        sync(path)
+    sync(partial)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,145 @@
+"""What makes a run resumable: knowing that a folder is this run's, and which checkpoint is whole.
+
+The Trainer takes the checkpoint with the highest number even when it is half written, and where the
+optimizer's state is missing it silently starts a fresh one. So a checkpoint counts here only with a
+marker that is written last, after everything is on the disk, and lists every file with its size;
+the newest checkpoint that agrees with its marker is the one to continue from. Sizes and not hashes:
+the fault to be found is a save cut short, and reading back the three copies of the weights that a
+checkpoint holds would cost minutes at each save of a large model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from optimer_engine.errors import OutputError, RecipeError
+
+MARKER = "checkpoint.ok"
+_REQUIRED = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("optimizer.pt",),
+    ("scheduler.pt",),
+    ("rng_state.pth",),
+    ("trainer_state.json",),
+)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Put a checkpoint's files on the disk, then say so in its marker.
+
+    The Trainer's pickled arguments are removed: resuming does not read them.
+    """
+    (checkpoint / "training_args.bin").unlink(missing_ok=True)
+    (checkpoint / MARKER).unlink(missing_ok=True)
+    sizes = {}
+    for path in sorted(checkpoint.iterdir()):
+        sizes[path.name] = path.stat().st_size
+        sync(path)
+    write_synced(checkpoint / MARKER, msgspec.json.format(msgspec.json.encode(sizes)))
+    sync(checkpoint.parent)
+
+
+def defect(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, in a few words; None when it is complete."""
+    try:
+        sizes = msgspec.json.decode((checkpoint / MARKER).read_bytes(), type=dict[str, int])
+    except (OSError, msgspec.DecodeError):
+        return f"no {MARKER}: it was not saved to its end"
+    for names in _REQUIRED:
+        if not any(name in sizes for name in names):
+            return f"{names[0]} was never saved"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} expected"
+    return None
+
+
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint in `folder`, and a message for each newer one passed over.
+
+    Those passed over are removed, since the continued run will save under the same names.
+    """
+    numbered = [
+        (int(match[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    ]
+    messages: list[str] = []
+    for _, path in sorted(numbered, reverse=True):
+        reason = defect(path)
+        if reason is None:
+            return path, messages
+        messages.append(f"{path.name} is incomplete and was removed: {reason}")
+        shutil.rmtree(path)
+    return None, messages
+
+
+def check_same_run(identity: Path, now: dict[str, Any]) -> None:
+    """Refuse a run folder that belongs to another configuration, base or text.
+
+    Raises:
+        RecipeError: naming each key that differs, with both values.
+        OutputError: the record cannot be read.
+    """
+    try:
+        then = msgspec.json.decode(identity.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise OutputError(f"cannot be read: {error}", where=str(identity)) from error
+    now = msgspec.json.decode(msgspec.json.encode(now))
+    if changes := list(_differences(then, now)):
+        raise RecipeError(
+            "belongs to another run; it differs in " + "; ".join(changes),
+            where=str(identity.parent),
+            todo="choose another output folder, or set these back to continue that run",
+        )
+
+
+def _differences(then: Any, now: Any, key: str = "") -> list[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        pairs = [(name, then.get(name), now.get(name)) for name in sorted(then.keys() | now.keys())]
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        pairs = [(str(i), *pair) for i, pair in enumerate(zip(then, now, strict=True))]
+    else:
+        return [] if then == now else [f"{key} ({_short(then)} then, {_short(now)} now)"]
+    found = [_differences(a, b, f"{key}.{name}".lstrip(".")) for name, a, b in pairs]
+    return [difference for part in found for difference in part]
+
+
+def _short(value: Any) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def fingerprint_of(*parts: object) -> str:
+    """sha256 (hex) of `parts` as JSON."""
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file so that after a crash it holds all of `data` or is not there."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Put a file or a folder's entries on the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
