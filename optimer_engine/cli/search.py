@@ -1,0 +1,224 @@
+"""`optimer search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from optimer_engine.cli.output import emit, json_option
+from optimer_engine.errors import RecipeError
+
+if TYPE_CHECKING:
+    from optimer_engine.search import SearchConfig, SearchReport
+
+
+@click.command(name="search")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="Base checkpoint: a folder, or org/name.")
+@click.option(
+    "--vector",
+    "vectors",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="A vector or full checkpoint whose weight is searched. Repeat for each.",
+)
+@click.option(
+    "--range",
+    "ranges",
+    multiple=True,
+    metavar="NAME=LOW:HIGH",
+    help="Range of a vector's weight; default 0:1.",
+)
+@click.option(
+    "--corpus",
+    "corpora",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Held-out text (txt or jsonl) scored in bits per byte.",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME=TASK:METRIC",
+    help="An lm-eval task and its metric, e.g. sums=sums:acc.",
+)
+@click.option("--tasks-dir", metavar="DIR", help="Folder of local lm-eval task files.")
+@click.option("--limit", type=click.IntRange(min=1), help="Blocks or examples per term.")
+@click.option(
+    "--weight", "weights", multiple=True, metavar="NAME=NUMBER", help="Of a term; default 1."
+)
+@click.option("--trials", type=click.IntRange(min=1), help="Default: 40, above 4 vectors 60.")
+@click.option("--seed", type=click.IntRange(min=0), help="Default: 0.")
+@click.option("--dtype", help="Of the live model; default float32.")
+@click.option("--device", help="Of the live model, e.g. cuda; default cpu.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Run folder.")
+@click.option(
+    "--reuse",
+    type=click.Path(path_type=Path),
+    help="An earlier run over the same vectors: score its trials anew, without evaluating.",
+)
+@json_option
+def command(
+    config: Path | None,
+    base: str | None,
+    vectors: tuple[str, ...],
+    ranges: tuple[str, ...],
+    corpora: tuple[str, ...],
+    tasks: tuple[str, ...],
+    tasks_dir: str | None,
+    limit: int | None,
+    weights: tuple[str, ...],
+    trials: int | None,
+    seed: int | None,
+    dtype: str | None,
+    device: str | None,
+    out: Path,
+    reuse: Path | None,
+    as_json: bool,
+) -> None:
+    """Search the weights of a merge for an objective, and merge the best.
+
+    Each trial merges into one loaded model in memory and scores it; OUT/trials.jsonl keeps every
+    score at once. The same command again continues where it was stopped. The winner is OUT/best,
+    its recipe OUT/best.yaml, the numbers OUT/search_report.json.
+
+    \b
+    Examples:
+      optimer search search.yaml -o runs/all
+      optimer search --base base --vector ja=vectors/ja --vector math=vectors/math \\
+          --corpus ja=ja.dev.txt --corpus math=math.dev.jsonl --trials 40 -o runs/all
+      optimer search math_only.yaml --reuse runs/all --trials 10 -o runs/math
+
+    \b
+    search.yaml:
+      base: base
+      vectors:
+        - {name: ja, model: vectors/ja}
+        - {name: math, model: vectors/math, range: [-0.5, 1]}
+      objective:
+        - {name: ja, corpus: ja.dev.txt}
+        - {name: sums, task: sums, metric: acc, tasks_dir: tasks, weight: 0.5}
+      trials: 40
+    """
+    import msgspec
+
+    from optimer_engine.recipe import decode, read_config
+    from optimer_engine.search import SearchConfig, run_search
+    from optimer_engine.search.progress import bar
+
+    described = (base, vectors, ranges, corpora, tasks, tasks_dir, limit, weights)
+    if (config is None) == (base is None) or (config is not None and any(described)):
+        raise RecipeError(
+            "give a file, or --base with --vector and --corpus or --task, and not both",
+            where="search",
+            todo="optimer search --help shows an example of each",
+        )
+    if config is not None:
+        wanted = read_config(config, SearchConfig)
+    else:
+        data = _described(base, vectors, ranges, corpora, tasks, tasks_dir, limit, weights)
+        wanted = decode(data, SearchConfig, "search")
+    given = {"trials": trials, "seed": seed, "dtype": dtype, "device": device}
+    wanted = msgspec.structs.replace(wanted, **{k: v for k, v in given.items() if v is not None})
+    report = run_search(wanted, out, reuse=reuse, callbacks=[bar("search")])
+    emit(report.to_dict(), f"{table(report, wanted)}\n{out}", as_json)
+
+
+def table(report: SearchReport, config: SearchConfig) -> str:
+    """The report as text: one row per known point and the best, the ratios, the seconds."""
+    terms = list(report.higher_is_better)
+    arrows = [f"{t} {'↑' if report.higher_is_better[t] else '↓'}" for t in terms]
+    names = [v.name for v in config.vectors]
+    rows = [["", *(f"w {n}" for n in names), *arrows, "cost ↓"]]
+    for row in report.table:
+        scores = [f"{row.scores[t]:.4f}" for t in terms]
+        cells = [f"{row.weights[n]:.3f}" for n in names]
+        rows.append([row.name, *cells, *scores, f"{row.cost:+.4f}"])
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    seconds, total = report.seconds, sum(report.seconds.values()) or 1.0
+    ratios = ", ".join(f"{n} {r:.1%}" for n, r in report.ratios.items())
+    tight = [v.name for v in config.vectors if _on_bound(report.best_weights[v.name], v.range)]
+    if tight:
+        lines += ["", f"at the end of its range, so a wider one may be better: {', '.join(tight)}"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"best: trial {report.best_number}; surrogate {report.predicted_cost:+.4f}"
+            f" ± {report.predicted_sd:.4f}; {report.trials} trials made, {report.reused} reused,"
+            f" {report.failed} failed",
+            f"sum of weights {report.sum_of_weights:.3f}; as ratios {ratios}",
+            f"  ({report.ratios_note})",
+            "seconds: " + ", ".join(f"{k} {s:.1f} ({s / total:.0%})" for k, s in seconds.items()),
+        ]
+    )
+
+
+def _on_bound(weight: float, bounds: tuple[float, float]) -> bool:
+    """Whether a wider range might have served; a weight of 0 is an answer, not a limit."""
+    return weight != 0 and weight in bounds
+
+
+def _described(
+    base: str | None,
+    vectors: tuple[str, ...],
+    ranges: tuple[str, ...],
+    corpora: tuple[str, ...],
+    tasks: tuple[str, ...],
+    tasks_dir: str | None,
+    limit: int | None,
+    weights: tuple[str, ...],
+) -> dict[str, Any]:
+    """The flags as what a configuration file would hold."""
+    pool = {name: {"name": name, "model": m} for name, m in _pairs("--vector", vectors).items()}
+    for name, text in _pairs("--range", ranges).items():
+        low, _, high = text.partition(":")
+        _known("--range", name, pool)["range"] = [_number("--range", low), _number("--range", high)]
+    terms: dict[str, dict[str, Any]] = {
+        name: {"name": name, "corpus": file} for name, file in _pairs("--corpus", corpora).items()
+    }
+    for name, text in _pairs("--task", tasks).items():
+        task, _, metric = text.partition(":")
+        found: dict[str, Any] = {"name": name, "task": task, "metric": metric or None}
+        if name in terms:
+            raise RecipeError(f"the term {name!r} is given twice", where="--task")
+        terms[name] = found | ({"tasks_dir": tasks_dir} if tasks_dir else {})
+    for name, text in _pairs("--weight", weights).items():
+        _known("--weight", name, terms)["weight"] = _number("--weight", text)
+    limits = {"limit": limit} if limit else {}
+    return {
+        "base": base,
+        "vectors": list(pool.values()),
+        "objective": [term | limits for term in terms.values()],
+    }
+
+
+def _pairs(flag: str, texts: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise RecipeError(f"{text!r} is not NAME=VALUE", where=flag)
+        if name in found:
+            raise RecipeError(f"the name {name!r} is given twice", where=flag)
+        found[name] = value
+    return found
+
+
+def _known(flag: str, name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    if name not in found:
+        raise RecipeError(f"no {name!r}; there are {', '.join(found) or 'none'}", where=flag)
+    return found[name]
+
+
+def _number(flag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"{text!r} is not a number", where=flag) from None

@@ -1,0 +1,129 @@
+"""SMAC as a stateless adviser: everything known goes in, one point comes out.
+
+SMAC keeps its own state on disk, but rewrites those files in place, cannot continue with the same
+proposals after an interruption, and asks on the terminal when a setting changed. So it is given
+nothing to keep: for each proposal a fresh optimiser is built in a throw-away folder, told every
+finished trial, asked once and dropped. The journal of the run (trials.py) is the only truth, and
+resuming, replaying under another objective and never having stopped are the same operation.
+
+The price is one fit of the surrogate per proposal, which is needed anyway after every trial.
+What SMAC contributes: the loop of model, acquisition and random interleaving, expected improvement,
+and a place where other facades, several objectives or many workers can be asked for later.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+from ConfigSpace import Configuration, ConfigurationSpace, Float
+from smac import BlackBoxFacade, Scenario
+from smac.acquisition.maximizer.abstract_acquisition_maximizer import AbstractAcquisitionMaximizer
+from smac.facade.abstract_facade import AbstractFacade
+from smac.model.abstract_model import AbstractModel
+from smac.runhistory.dataclasses import TrialInfo, TrialValue
+
+from .surrogate import GaussianProcess
+
+CLOUD_POINTS = 2048
+ROUNDS = 5
+SEEDS_PER_ROUND = 8
+POINTS_PER_SEED = 48
+
+
+def propose(points: np.ndarray, costs: np.ndarray, *, seed: int) -> np.ndarray:
+    """The point to try next.
+
+    Args:
+        points: every finished trial in the unit cube, float64 [n, d].
+        costs: its cost, float64 [n], finite; lower is better.
+        seed: equal seed and equal trials give the equal proposal.
+
+    Returns:
+        A point of the unit cube, float64 [d].
+    """
+    space = ConfigurationSpace(seed=seed)
+    names = [f"w{i:04d}" for i in range(points.shape[1])]  # sorts as it counts
+    space.add([Float(name, (0.0, 1.0)) for name in names])
+    logging.getLogger("smac").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="optimer-smac-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scenario = Scenario(
+            space, name="ask", output_directory=Path(folder), deterministic=True,
+            n_trials=1_000_000, seed=seed,
+        )  # fmt: skip
+        smac = _Facade(
+            scenario,
+            None,  # type: ignore[arg-type]
+            model=_Surrogate(space, seed=seed),
+            acquisition_maximizer=_CloudSearch(space, seed=seed),
+            initial_design=BlackBoxFacade.get_initial_design(scenario, n_configs=0),
+            intensifier=BlackBoxFacade.get_intensifier(scenario, max_config_calls=1),
+            logging_level=False,
+            overwrite=True,
+        )
+        for point, cost in zip(points, costs, strict=True):
+            values = {name: float(x) for name, x in zip(names, point, strict=True)}
+            info = TrialInfo(Configuration(space, values=values), seed=0)
+            smac.tell(info, TrialValue(cost=float(cost)), save=False)
+        config = smac.ask().config
+    return np.array([config[name] for name in names], dtype=np.float64)
+
+
+class _Facade(BlackBoxFacade):
+    """BlackBoxFacade that takes a surrogate which is not one of SMAC's own Gaussian processes."""
+
+    def _validate(self) -> None:
+        AbstractFacade._validate(self)
+
+
+class _Surrogate(AbstractModel):
+    def _train(self, X: np.ndarray, Y: np.ndarray) -> _Surrogate:
+        self._gp = GaussianProcess().fit(X, Y.ravel())
+        return self
+
+    def _predict(
+        self, X: np.ndarray, covariance_type: str | None = "diagonal"
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        return self._gp.predict(X)
+
+
+class _CloudSearch(AbstractAcquisitionMaximizer):
+    """Acquisition maximised over a random cloud, then by rounds of ever narrower Gaussian steps.
+
+    SMAC's own maximiser walks neighbour by neighbour through configuration objects; here a round
+    is one array operation. Steps are cut at the faces of the cube, so optima with weights of
+    exactly 0 are found.
+    """
+
+    def _maximize(
+        self, previous_configs: list[Configuration], n_points: int
+    ) -> list[tuple[float, Configuration]]:
+        assert self._acquisition_function is not None
+        d = len(self._configspace)
+        seen = np.array([config.get_array() for config in previous_configs])
+        cloud = np.concatenate(
+            [
+                self._rng.rand(CLOUD_POINTS, d),
+                np.clip(seen.repeat(16, axis=0) + self._steps(16 * len(seen), d, 0.1), 0.0, 1.0),
+            ]
+        )
+        values = self._acquisition_function._compute(cloud).ravel()
+        for sd in 0.2 * 0.5 ** np.arange(ROUNDS):
+            top = cloud[np.argsort(-values, kind="stable")[:SEEDS_PER_ROUND]]
+            steps = self._steps(POINTS_PER_SEED * len(top), d, sd)
+            near = np.clip(top.repeat(POINTS_PER_SEED, axis=0) + steps, 0.0, 1.0)
+            cloud = np.concatenate([cloud, near])
+            values = np.concatenate([values, self._acquisition_function._compute(near).ravel()])
+        order = np.argsort(-values, kind="stable")[:64]
+        return [
+            (float(values[i]), Configuration(self._configspace, vector=cloud[i])) for i in order
+        ]
+
+    def _steps(self, n: int, d: int, sd: float) -> np.ndarray:
+        """Gaussian steps [n, d]; in half of them only some coordinates move."""
+        mask = (self._rng.rand(n, d) < 0.5) | (self._rng.rand(n, 1) < 0.5)
+        return self._rng.randn(n, d) * sd * mask

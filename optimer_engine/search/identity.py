@@ -1,0 +1,99 @@
+"""What a run is about, by content, and what follows from it: continue, reuse or refuse.
+
+A run folder may only be continued by the search that began it, and trials may only be reused where
+their scores mean the same. Both are decided by comparing identities part by part, so the refusal
+says what differs, and never by comparing paths, which move.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from optimer_engine.errors import MismatchError
+
+from .config import SearchConfig
+from .trials import REUSED, Told, read
+
+
+def identity(config: SearchConfig, found: dict[str, Any]) -> dict[str, Any]:
+    """What a run is about, by content: equal identities make trials exchangeable.
+
+    ``found`` is what a `runner.Subject` says of itself. Folders may move and the number of trials
+    may grow; all else that can change a score or a proposal is in here.
+    """
+    weights = {t.name: t.weight for t in config.objective}
+    terms = {name: found["terms"].get(name, {}) for name in sorted(weights.keys() | found["terms"])}
+    space = {v.name: list(v.range) for v in config.vectors}
+    return {"space": space, **found, "terms": terms, "weights": weights, "seed": config.seed}
+
+
+def rescored(run: Path, this: dict[str, Any]) -> list[Told]:
+    """Finished trials of ``run`` with just the scores that ``this`` asks for, numbered anew.
+
+    Raises:
+        MismatchError: another pool, space or model, or a term that was not scored there.
+        RecipeError: there are no trials.
+    """
+    other, told = read(run)
+    here = f"{run} cannot be reused"
+    for part in ("space", "base", "vectors", "model"):
+        refuse_other({part: this[part]}, {part: other.identity.get(part)}, here)
+    for name, term in this["terms"].items():
+        there = other.identity.get("terms", {}).get(name)
+        if there is None:
+            raise MismatchError(
+                f"its trials have no score named {name!r}; they have "
+                + ", ".join(other.identity.get("terms", {})),
+                where=here,
+                todo="name the term as it was named there, or search without --reuse",
+            )
+        refuse_other({f"term {name}": term}, {f"term {name}": there}, here)
+    names = this["terms"].keys()
+    kept: list[Told] = []
+    for trial in told:
+        scores = {name: trial.scores[name] for name in names if name in trial.scores}
+        complete = trial.status != "crashed" and len(scores) == len(names)
+        kept.append(
+            Told(
+                number=len(kept),
+                weights=trial.weights,
+                origin=f"{REUSED} {trial.number}, {trial.origin}",
+                status="ok" if complete else trial.status,
+                scores=scores,
+                error="" if complete else trial.error,
+            )
+        )
+    return kept
+
+
+def refuse_other(mine: dict[str, Any], theirs: dict[str, Any], what: str) -> None:
+    """Compare two identities part by part.
+
+    Raises:
+        MismatchError: naming each part that differs, with both values.
+    """
+    lines = [
+        f"{part} {key}".rstrip() + f": here {_short(a)}, there {_short(b)}"
+        for part in mine.keys() | theirs.keys()
+        for key, a, b in _differences(mine.get(part), theirs.get(part))
+    ]
+    if lines:
+        raise MismatchError(
+            "; ".join(sorted(lines)),
+            where=what,
+            todo="search into another folder (--reuse may keep its trials) or restore its settings",
+        )
+
+
+def _differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        if list(a) != list(b) and sorted(a) == sorted(b):
+            return [("order", list(a), list(b))]
+        return [(k, a.get(k), b.get(k)) for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
+    return [("", a, b)] if a != b else []
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

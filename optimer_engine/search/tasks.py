@@ -1,0 +1,259 @@
+"""lm-eval as an objective: its tasks and metrics, on a model whose weights change in place.
+
+One evaluation through lm-eval's front door builds an index of its fourteen thousand task names,
+loads data sets, writes an environment report and bootstraps errors: tens of seconds around a short
+measurement. Here tasks are loaded once and only its ``evaluate`` is called per trial, on one
+wrapper around the live model. Its response cache is never used: it keys on the request and would
+answer for the previous weights.
+
+Task files are configuration, but a line ``!function module.name`` in one imports Python code beside
+it. Such files are refused unless the user allows them. Tasks shipped inside lm-eval (no
+``tasks_dir``) are trusted as the installed library is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from optimer_engine.errors import MissingExtraError, RecipeError
+
+from .config import Term
+from .objective import Score, Scores
+
+FEWSHOT_SEED = 1234  # lm-eval's own default, so that scores agree with its command line
+
+
+class TaskObjective:
+    """Metrics of lm-eval tasks.
+
+    Args:
+        terms: each with task and metric (``acc``, or ``exact_match,strict-match`` with its filter);
+            two metrics of one task are measured in one evaluation.
+        tokenizer: of the models that will be scored.
+        batch_size: requests per forward pass.
+        allow_task_code: accept task files with ``!function``.
+
+    Raises:
+        RecipeError: a task or folder does not exist, a task file carries code, or two terms ask for
+            one task in different ways.
+        MissingExtraError: lm-eval is not installed.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        tokenizer: Any,
+        *,
+        batch_size: int = 16,
+        allow_task_code: bool = False,
+    ) -> None:
+        folders = sorted({t.tasks_dir for t in terms if t.tasks_dir is not None})
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise RecipeError("no such folder", where=f"tasks_dir {folder}")
+            if not allow_task_code:
+                refuse_code(Path(folder))
+        self._terms, self._tokenizer, self._batch_size = list(terms), tokenizer, batch_size
+        self._lm: Any = None
+        with _quiet():
+            try:
+                from lm_eval.tasks import TaskManager
+            except ImportError as error:
+                raise MissingExtraError(
+                    "lm-eval is not installed", todo="pip install 'optimer-engine[eval]'"
+                ) from error
+            manager = TaskManager(
+                include_path=folders or None,
+                include_defaults=any(t.tasks_dir is None for t in terms),
+            )
+            self._loaded = _load(manager, self._terms)
+        self._samples = {
+            str(t.task): list(range(len(self._docs(t.task))))[: t.limit] for t in self._terms
+        }
+
+    @property
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """By term: task, metric, shots, and sha256 of the documents scored."""
+        return {
+            t.name: {
+                "kind": "lm_eval",
+                "task": t.task,
+                "metric": t.metric,
+                "num_fewshot": self._loaded["tasks"][t.task].config.num_fewshot,
+                "data": self._digest(str(t.task)),
+            }
+            for t in self._terms
+        }
+
+    def __call__(self, model: Any) -> Scores:
+        """Scores of the terms; parts are per example where the metric is a mean of examples."""
+        with _quiet():
+            from lm_eval.evaluator import evaluate
+
+            if self._lm is None or self._lm.model is not model:
+                from lm_eval.models.huggingface import HFLM
+
+                self._lm = HFLM(
+                    pretrained=model,
+                    tokenizer=self._tokenizer,
+                    batch_size=self._batch_size,
+                    trust_remote_code=False,
+                )
+            model.eval()
+            results = evaluate(
+                lm=self._lm,
+                task_dict=self._loaded,
+                samples=self._samples,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        return {t.name: _score(results, t) for t in self._terms}
+
+    def _docs(self, name: str | None) -> Any:
+        return self._loaded["tasks"][name].eval_docs
+
+    def _digest(self, name: str) -> str:
+        task, docs = self._loaded["tasks"][name], self._docs(name)
+        digest = hashlib.sha256()
+        for i in self._samples[name]:
+            pair = [task.doc_to_text(docs[i]), task.doc_to_target(docs[i]), docs[i]]
+            digest.update(json.dumps(pair, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse task files that would import Python.
+
+    Every YAML file under ``folder`` is read, and every file they include.
+
+    Raises:
+        RecipeError: naming the file and line that carries ``!function`` or a task ``class``.
+    """
+    pending = sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")])
+    seen: set[Path] = set()
+    while pending:
+        path = pending.pop().resolve()
+        if path in seen:
+            continue
+        seen.add(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot be read: {error}", where=str(path)) from error
+        pending += [path.parent / name for name in _includes_of(text, path)]
+
+
+def _includes_of(text: str, path: Path) -> list[str]:
+    import yaml
+
+    try:
+        events = list(yaml.parse(text, Loader=yaml.SafeLoader))
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {error}", where=str(path)) from error
+    for event in events:
+        tag = getattr(event, "tag", None)
+        if tag is not None and not tag.startswith("tag:yaml.org,2002:"):
+            raise RecipeError(
+                f"the tag {tag} makes lm-eval import Python code from beside this file",
+                where=f"{path}, line {getattr(event.start_mark, 'line', 0) + 1}",
+                todo="read that code and, if you trust it, set allow_task_code: true",
+            )
+    found: list[str] = []
+    if isinstance(root, yaml.MappingNode):
+        for key, value in root.value:
+            if key.value == "class":
+                raise RecipeError(
+                    "`class` makes lm-eval run a Python class",
+                    where=f"{path}, line {key.start_mark.line + 1}",
+                    todo="read that code and, if you trust it, set allow_task_code: true",
+                )
+            if key.value == "include":
+                names = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                found += [name.value for name in names]
+    return found
+
+
+def _load(manager: Any, terms: list[Term]) -> dict[str, Any]:
+    wanted: dict[str, Term] = {}
+    for term in terms:
+        other = wanted.setdefault(str(term.task), term)
+        if (other.limit, other.num_fewshot) != (term.limit, term.num_fewshot):
+            raise RecipeError(
+                f"asks for task {term.task!r} with other limit or num_fewshot than {other.name!r}",
+                where=f"objective {term.name!r}",
+                todo="give both terms the same",
+            )
+    unknown = sorted(set(wanted) - set(manager.all_tasks))
+    if unknown:
+        raise RecipeError(
+            f"no task {unknown[0]!r}; found {', '.join(sorted(manager.all_tasks)[:8]) or 'none'}",
+            where=f"objective {wanted[unknown[0]].name!r}",
+            todo="check the name after `task:` in the files of tasks_dir",
+        )
+    try:
+        loaded = manager.load(sorted(wanted))
+    except Exception as error:  # lm-eval raises whatever its data loading meets
+        raise RecipeError(f"lm-eval cannot load {', '.join(sorted(wanted))}: {error}") from error
+    groups = sorted(set(wanted) - set(loaded["tasks"]))
+    if groups:
+        raise RecipeError(
+            f"{groups[0]!r} is a group of tasks", todo="name its tasks, one term each"
+        )
+    for name, term in wanted.items():
+        task = loaded["tasks"][name]
+        shots = term.num_fewshot if term.num_fewshot is not None else task.config.num_fewshot
+        task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return loaded
+
+
+def _score(results: dict[str, Any], term: Term) -> Score:
+    metric, _, wanted = str(term.metric).partition(",")
+    row = results["results"][term.task]
+    keys = [k for k in row if k.partition(",")[0] == metric and (not wanted or k == term.metric)]
+    if not keys:
+        known = sorted(k for k in row if "," in k and "_stderr" not in k)
+        raise RecipeError(
+            f"task {term.task!r} has no metric {term.metric!r}; it has {', '.join(known)}",
+            where=f"objective {term.name!r}",
+        )
+    value, chosen = float(row[keys[0]]), keys[0].partition(",")[2]
+    higher = results["higher_is_better"].get(term.task, {}).get(metric)
+    examples = [s[metric] for s in results["samples"][term.task] if s["filter"] == chosen]
+    if metric == "bits_per_byte":
+        parts = [-ll / math.log(2.0) for ll, _ in examples]
+        score = Score.of(parts, [size for _, size in examples])
+    elif all(isinstance(x, (int, float)) for x in examples):
+        score = Score.of([float(x) for x in examples])
+    else:
+        score = Score(value)
+    mean = math.isclose(score.value, value, rel_tol=1e-6, abs_tol=1e-9)
+    return Score(value, higher is not False, *((score.parts, score.sizes) if mean else ()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval without its environment variables, log lines and progress bars."""
+    before = set(os.environ)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name in set(os.environ) - before:
+            del os.environ[name]

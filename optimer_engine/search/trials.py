@@ -1,0 +1,219 @@
+"""The journal of a search: one append-only file, the only truth about what was tried.
+
+``trials.jsonl`` holds one JSON object per line: first ``run`` (what is searched, by fingerprint),
+then for each trial ``asked`` before its evaluation and ``told`` after it. Each line reaches the
+disk (fsync) before the search goes on. Everything else, the optimiser's state included, is
+computed from it, so a search may be killed at any moment: a line cut short is dropped, a trial
+asked and not told is run again under its number, and nothing is counted twice.
+
+The alternative, the optimiser's own state files, are rewritten in place: killed at the wrong
+moment they are empty, and a changed setting makes them unreadable.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from optimer_engine.errors import OutputError, RecipeError
+
+from .objective import Scores, cost
+
+log = logging.getLogger(__name__)
+
+Status = Literal["ok", "nan", "crashed"]
+REUSED = "reused"
+"""How the origin of a trial taken from another run begins."""
+
+
+class Run(msgspec.Struct, tag_field="event", tag="run", frozen=True):
+    """First line: the identity of the search; see ``runner.identity``."""
+
+    identity: dict[str, Any]
+    format: int = 1
+
+
+class Asked(msgspec.Struct, tag_field="event", tag="asked", frozen=True):
+    """A trial about to be evaluated, and where its weights come from."""
+
+    number: int
+    weights: dict[str, float]
+    origin: str
+    ask_s: float = 0.0
+
+
+class Told(msgspec.Struct, tag_field="event", tag="told", frozen=True, omit_defaults=True):
+    """A finished trial. ``scores`` holds every finite score; costs are derived, never stored."""
+
+    number: int
+    weights: dict[str, float]
+    origin: str
+    status: Status
+    scores: Scores = {}
+    error: str = ""
+    ask_s: float = 0.0
+    merge_s: float = 0.0
+    evaluate_s: float = 0.0
+
+
+class Journal:
+    """The trials of one run folder, open for appending and locked against a second search.
+
+    Attributes:
+        run: the identity line, or None in a new journal.
+        told: finished trials in order of number.
+        pending: the trial that was asked and not told, if any.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create ``path``.
+
+        Raises:
+            OutputError: another process is searching in this folder.
+            RecipeError: the file is not a journal of this kind, or is damaged before its last line.
+        """
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.run, self.told, self.pending = self._load()
+        except BlockingIOError:
+            os.close(self._folder)
+            raise OutputError(
+                "another search is running here",
+                where=str(path.parent),
+                todo="wait for it, or stop it",
+            ) from None
+        except RecipeError:
+            os.close(self._folder)
+            raise
+
+    def begin(self, run: Run, reused: Iterable[Told] = ()) -> None:
+        """Write the identity and any trials taken from another run, all or nothing."""
+        told = list(reused)
+        replace_file(self.path, b"".join(msgspec.json.encode(x) + b"\n" for x in [run, *told]))
+        self.run, self.told = run, told
+
+    def ask(self, trial: Asked) -> None:
+        """Record that ``trial`` is about to be evaluated."""
+        self._append(trial)
+        self.pending = trial
+
+    def tell(self, trial: Told) -> None:
+        """Record a finished trial."""
+        self._append(trial)
+        self.pending = None
+        self.told.append(trial)
+
+    def close(self) -> None:
+        """Release the folder's lock."""
+        os.close(self._folder)
+
+    def _append(self, line: Asked | Told) -> None:
+        with self.path.open("ab") as file:
+            file.write(msgspec.json.encode(line) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _load(self) -> tuple[Run | None, list[Told], Asked | None]:
+        if not self.path.exists():
+            return None, [], None
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            log.warning("%s: the last line was cut short; its trial is run again", self.path)
+            os.truncate(self.path, len(whole))
+        return _parse(self.path, whole)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give ``path`` new content, all or nothing, on the disk when this returns."""
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read(path: Path) -> tuple[Run, list[Told]]:
+    """Identity and finished trials of the journal at ``path``, left as it is.
+
+    Raises:
+        RecipeError: there is no journal, or it is damaged before its last line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(
+            f"no trials to read: {error.strerror}",
+            where=str(path),
+            todo="name the folder of an earlier search",
+        ) from error
+    run, told, _ = _parse(path, content[: content.rfind(b"\n") + 1])
+    if run is None:
+        raise RecipeError("holds no trials", where=str(path))
+    return run, told
+
+
+def _parse(path: Path, content: bytes) -> tuple[Run | None, list[Told], Asked | None]:
+    run: Run | None = None
+    told: list[Told] = []
+    pending: Asked | None = None
+    for number, text in enumerate(content.splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            line = _DECODER.decode(text)
+        except msgspec.DecodeError as error:
+            raise RecipeError(
+                f"not a line of a search's journal: {error}", where=where,
+                todo="restore the file, or search into another folder",
+            ) from error  # fmt: skip
+        if (run is None) != isinstance(line, Run):
+            raise RecipeError("a journal has one run line, its first", where=where)
+        if isinstance(line, Run):
+            run = line
+            continue
+        if line.number != len(told):
+            raise RecipeError(f"trial {line.number} where {len(told)} is next", where=where)
+        if isinstance(line, Asked):
+            pending = line
+        else:
+            told.append(line)
+            pending = None
+    return run, told, pending
+
+
+_DECODER = msgspec.json.Decoder(Run | Asked | Told)
+
+
+def costs(told: list[Told], weights: dict[str, float]) -> np.ndarray:
+    """Cost of each trial, float64 [n], finite; see ``objective.cost``.
+
+    ``weights`` maps terms to their weight. Where a trial has all weights 0 its scores are the
+    reference, so that the base costs 0. A failed trial costs the worst finite cost plus the spread
+    of the finite ones: bad enough to be left, near enough to leave the surrogate its scale.
+    """
+    base = next((t for t in told if t.status == "ok" and not any(t.weights.values())), None)
+    reference = base.scores if base is not None else {}
+    values = np.array(
+        [cost(t.scores, reference, weights) if t.status == "ok" else np.nan for t in told]
+    )
+    good = values[np.isfinite(values)]
+    if not good.size:
+        return np.ones(len(told))
+    spread = float(good.max() - good.min()) or 1.0
+    return np.where(np.isfinite(values), values, good.max() + spread)
