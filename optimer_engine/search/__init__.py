@@ -9,10 +9,10 @@ which uses ``live`` (the pool as one loaded model), ``objective`` and ``tasks`` 
 
 from __future__ import annotations
 
-from .config import SearchConfig, Term, Vector
-from .objective import CorpusObjective, Score, bits_per_byte
-from .report import SearchReport
-from .runner import TrialDone, run_search
+from optimer_engine.search.config import SearchConfig, Term, Vector
+from optimer_engine.search.objective import CorpusObjective, Score, bits_per_byte
+from optimer_engine.search.report import SearchReport
+from optimer_engine.search.runner import TrialDone, run_search
 
 __all__ = [
     "CorpusObjective",

@@ -26,7 +26,7 @@ from smac.facade.abstract_facade import AbstractFacade
 from smac.model.abstract_model import AbstractModel
 from smac.runhistory.dataclasses import TrialInfo, TrialValue
 
-from .surrogate import GaussianProcess
+from optimer_engine.search.surrogate import GaussianProcess
 
 CLOUD_POINTS = 2048
 ROUNDS = 5

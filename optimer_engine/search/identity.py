@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from optimer_engine.errors import MismatchError
-
-from .config import SearchConfig
-from .trials import REUSED, Told, read
+from optimer_engine.search.config import SearchConfig
+from optimer_engine.search.trials import REUSED, Told, read
 
 
 def identity(config: SearchConfig, found: dict[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from optimer_engine.errors import MissingExtraError, RecipeError
+from optimer_engine.search.config import SearchConfig
+from optimer_engine.search.objective import CorpusObjective, Objective, Scored, default_block_length
+from optimer_engine.search.trials import replace_file
 from optimer_engine.types import DType
-
-from .config import SearchConfig
-from .objective import CorpusObjective, Objective, Scored, default_block_length
-from .trials import replace_file
 
 
 class LivePool:
@@ -168,7 +167,7 @@ def make_objective(config: SearchConfig, base_folder: str) -> Objective:
         )  # fmt: skip
     tasks = [t for t in config.objective if t.task is not None]
     if tasks:
-        from .tasks import TaskObjective
+        from optimer_engine.search.tasks import TaskObjective
 
         parts.append(
             TaskObjective(
@@ -190,6 +189,6 @@ class _Together:
         return {name: term for part in self._parts for name, term in part.identity.items()}
 
     def __call__(self, model: Any) -> Scored:
-        from .objective import as_scores
+        from optimer_engine.search.objective import as_scores
 
         return {name: s for part in self._parts for name, s in as_scores(part(model)).items()}

@@ -8,10 +8,9 @@ import msgspec
 import numpy as np
 
 from optimer_engine.report import versions
-
-from .config import SearchConfig
-from .space import Space
-from .trials import REUSED, Told, costs
+from optimer_engine.search.config import SearchConfig
+from optimer_engine.search.space import Space
+from optimer_engine.search.trials import REUSED, Told, costs
 
 RATIOS_NOTE = (
     "weights clipped at 0 and divided by their sum; how a search's weights turn into a data"
@@ -74,7 +73,7 @@ class SearchReport(msgspec.Struct, kw_only=True):
 
 def make_report(config: SearchConfig, identity: dict[str, Any], told: list[Told]) -> SearchReport:
     """The report of the finished trials ``told``, at least one of them ok."""
-    from .surrogate import GaussianProcess
+    from optimer_engine.search.surrogate import GaussianProcess
 
     space = Space.of(config.vectors)
     term_weights = {t.name: t.weight for t in config.objective}

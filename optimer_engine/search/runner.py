@@ -32,14 +32,22 @@ from optimer_engine.errors import (
     OptimerError,
     RecipeError,
 )
-
-from .config import SearchConfig
-from .identity import identity, refuse_other, rescored
-from .live import LivePool
-from .objective import Evaluate, Objective, Scored, Scores, as_scores
-from .report import SearchReport, make_report
-from .space import Space
-from .trials import REUSED, Asked, Journal, Run, Status, Told, costs, replace_file
+from optimer_engine.search.config import SearchConfig
+from optimer_engine.search.identity import identity, refuse_other, rescored
+from optimer_engine.search.live import LivePool
+from optimer_engine.search.objective import Evaluate, Objective, Scored, Scores, as_scores
+from optimer_engine.search.report import SearchReport, make_report
+from optimer_engine.search.space import Space
+from optimer_engine.search.trials import (
+    REUSED,
+    Asked,
+    Journal,
+    Run,
+    Status,
+    Told,
+    costs,
+    replace_file,
+)
 
 FAILURES_IN_A_ROW = 5
 JOURNAL, REPORT = "trials.jsonl", "search_report.json"
@@ -155,7 +163,7 @@ def proposal(space: Space, told: list[Told], weights: dict[str, float], seed: in
     for origin, point in first.items():
         if point not in tried:
             return asked(origin, point)
-    from .adviser import propose
+    from optimer_engine.search.adviser import propose
 
     number_seed = int(np.random.SeedSequence([seed, len(told)]).generate_state(1)[0] >> 1)
     points = np.array([space.to_unit(w) for w in tried])

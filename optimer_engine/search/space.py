@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .config import Vector
+from optimer_engine.search.config import Vector
 
 SOBOL_POINTS = 2
 DECIMALS = 9  # of a weight, so that what a file or a table shows is all of it

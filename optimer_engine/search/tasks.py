@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from optimer_engine.errors import MissingExtraError, RecipeError
-
-from .config import Term
-from .objective import Score, Scores
+from optimer_engine.search.config import Term
+from optimer_engine.search.objective import Score, Scores
 
 FEWSHOT_SEED = 1234  # lm-eval's own default, so that scores agree with its command line
 

@@ -23,8 +23,7 @@ import msgspec
 import numpy as np
 
 from optimer_engine.errors import OutputError, RecipeError
-
-from .objective import Scores, cost
+from optimer_engine.search.objective import Scores, cost
 
 log = logging.getLogger(__name__)
 
