@@ -7,9 +7,9 @@ uint16, fp32 and fp64 as themselves) and the kernels interpret the bits.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import Enum
 
+import msgspec
 import numpy as np
 
 from optimer_engine.errors import RecipeError
@@ -84,8 +84,7 @@ _STORAGE = {DType.BF16: "u2", DType.F16: "u2", DType.F32: "f4", DType.F64: "f8"}
 _HABITS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(msgspec.Struct, frozen=True, gc=False):
     """Where one tensor lies: `nbytes` bytes from `offset` in file number `file` of a checkpoint."""
 
     name: str

@@ -99,6 +99,8 @@ pieces = st.sampled_from(
 @given(st.integers(0, 200), st.integers(0, 12), pieces, st.integers(0, 14))
 @example(1, 0, b'"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},', 11)
 @example(22, 1, b"-0", 3)
+@example(1, 0, b'"__metadata__":{"k":"v"} ', 11)
+@example(1, 0, b'"__metadata__":{"k":"v","k":"v"},', 11)
 def test_a_damaged_header_is_refused_or_means_the_same_to_the_library(
     tmp_path_factory, at, cut, piece, size
 ):
