@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
 import numpy as np
 
 from optimer_engine.errors import CheckpointError, quoted
@@ -28,7 +29,7 @@ MODEL, VECTOR = "model", "vector"
 """What a folder holds, which is also the stem of its file names."""
 
 SAMPLES, SAMPLE_BYTES = 8, 512
-"""The fingerprint reads this many evenly spaced pieces of each tensor."""
+"""The fingerprint reads this many evenly spaced pieces of each tensor; a small one whole."""
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,12 @@ class Checkpoint:
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             info = self.tensors[name]
-            digest.update(json.dumps([name, info.dtype.code, info.shape]).encode())
-            last = max(0, info.nbytes - SAMPLE_BYTES)
-            for at in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
-                piece = bytearray(min(SAMPLE_BYTES, info.nbytes - at))
-                self.read_into(info.file, info.offset + at, memoryview(piece))
+            digest.update(msgspec.json.encode([name, info.dtype.code, info.shape]))
+            whole = info.nbytes <= SAMPLES * SAMPLE_BYTES
+            step = (info.nbytes - SAMPLE_BYTES) / (SAMPLES - 1)
+            piece = memoryview(bytearray(info.nbytes if whole else SAMPLE_BYTES))
+            for at in (0,) if whole else (int(step * i) for i in range(SAMPLES)):
+                self.read_into(info.file, info.offset + at, piece)
                 digest.update(piece)
         return digest.hexdigest()
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from optimer_engine.checkpoint import MODEL, VECTOR, Checkpoint
 from optimer_engine.errors import MemoryLimitError, MismatchError, RecipeError, quoted
 from optimer_engine.hub import locate
@@ -93,11 +95,19 @@ class Shard:
     tensors: tuple[TensorInfo, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Match:
+class _Match(msgspec.Struct, frozen=True, gc=False):
     out: TensorInfo
     base: TensorInfo
     sources: tuple[TensorInfo | None, ...]
+
+    def operands(self, active: list[int]) -> list[tuple[int, TensorInfo]]:
+        """Base (-1), output (-2) and the numbered sources among `active` that have the tensor."""
+        found = [(-1, self.base), (-2, self.out)]
+        for number in active:
+            info = self.sources[number]
+            if info is not None:
+                found.append((number, info))
+        return found
 
 
 @dataclass(frozen=True)
@@ -192,23 +202,20 @@ class Plan:
     def runs(self) -> list[Run]:
         """The whole output as runs, in file order; sources of weight 0 are not read."""
         active = [i for i, weight in enumerate(self.weights) if weight != 0]
-        pieces = [_piece(match, active) for match in self._matches]
         runs: list[Run] = []
-        group: list[int] = []
-        for number in range(len(pieces)):
-            if group and not _adjoins(self._matches[group[-1]], pieces[group[-1]], pieces[number]):
-                runs.append(self._run(group, pieces))
+        group: list[_Match] = []
+        layout: list[tuple[Any, ...]] = []
+        ends: list[int] = []
+        for match in self._matches:
+            operands = match.operands(active)
+            here = [(number, info.file, info.dtype) for number, info in operands]
+            if group and (here != layout or [info.offset for _, info in operands] != ends):
+                runs.append(_run(group, active))
                 group = []
-            group.append(number)
-        return [*runs, self._run(group, pieces)] if group else runs
-
-    def _run(self, group: list[int], pieces: list[tuple[Any, ...]]) -> Run:
-        tensors = tuple(self._matches[number].out for number in group)
-        starts, elems = [], 0
-        for info in tensors:
-            starts.append(elems)
-            elems += info.elems
-        return Run(tensors, tuple(starts), elems, *pieces[group[0]])
+            group.append(match)
+            layout = here
+            ends = [info.offset + info.nbytes for _, info in operands]
+        return [*runs, _run(group, active)] if group else runs
 
     def run(
         self, sink: Sink, *, threads: int | None = None, callbacks: Sequence[Callback] = ()
@@ -303,7 +310,9 @@ def _finish(
     shards = _lay_out(matches, parse_bytes(recipe.max_shard_size), kind, metadata)
     by_name = {match.out.name: match for match in matches}
     placed = tuple(
-        replace(by_name[info.name], out=info) for shard in shards for info in shard.tensors
+        msgspec.structs.replace(by_name[info.name], out=info)
+        for shard in shards
+        for info in shard.tensors
     )
     threads = threads or available_cores()
     made = Plan(
@@ -429,28 +438,15 @@ def _lay_out(
     return tuple(shards)
 
 
-def _piece(match: _Match, active: list[int]) -> tuple[Any, ...]:
-    """(base, sources, out, copied) of one tensor, in the order of Run's last fields."""
-    sources = tuple((i, _at(info)) for i in active if (info := match.sources[i]) is not None)
-    copied = not match.base.dtype.mergeable or (not sources and match.out.dtype == match.base.dtype)
-    return _at(match.base), sources, _at(match.out), copied
-
-
-def _at(info: TensorInfo) -> Piece:
-    return Piece(info.file, info.offset, info.dtype)
-
-
-def _adjoins(before: _Match, first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
-    """Whether a tensor at `second` continues one at `first` in every operand."""
-
-    def operands(pieces: tuple[Any, ...]) -> list[Piece]:
-        base, sources, out, _ = pieces
-        return [base, out, *(piece for _, piece in sources)]
-
-    same = first[3] == second[3] and [i for i, _ in first[1]] == [i for i, _ in second[1]]
-    return same and all(
-        a.file == b.file
-        and a.dtype == b.dtype
-        and a.offset + before.out.elems * a.dtype.itemsize == b.offset
-        for a, b in zip(operands(first), operands(second), strict=True)
+def _run(group: list[_Match], active: list[int]) -> Run:
+    starts, elems = [], 0
+    for match in group:
+        starts.append(elems)
+        elems += match.out.elems
+    (_, base), (_, out), *sources = (
+        (number, Piece(info.file, info.offset, info.dtype))
+        for number, info in group[0].operands(active)
     )
+    copied = not base.dtype.mergeable or (not sources and out.dtype == base.dtype)
+    tensors = tuple(match.out for match in group)
+    return Run(tensors, tuple(starts), elems, base, tuple(sources), out, copied)

@@ -16,7 +16,10 @@ from optimer_engine.errors import RecipeError
 
 
 class DType(Enum):
-    """Element types of the safetensors format: (code in the file, bits, name in torch)."""
+    """Element types of the safetensors format: (code in the file, bits, name in torch).
+
+    `itemsize` is in bytes; 1 for dtypes below a byte, which are only ever copied byte by byte.
+    """
 
     BOOL = ("BOOL", 8, "bool")
     U8 = ("U8", 8, "uint8")
@@ -45,16 +48,12 @@ class DType(Enum):
         self.code = code
         self.bits = bits
         self.torch_name = torch_name
+        self.itemsize = max(1, bits // 8)
 
     @property
     def mergeable(self) -> bool:
         """Whether arithmetic on this dtype is defined here; others are copied when all agree."""
         return self in MERGEABLE
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per element; 1 for dtypes below a byte, which are only ever copied byte by byte."""
-        return max(1, self.bits // 8)
 
     @property
     def storage(self) -> np.dtype:
