@@ -66,6 +66,7 @@ def extract(
     *,
     dtype: str = "float32",
     metadata: Mapping[str, str] | None = None,
+    discard: bool = False,
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
     callbacks: Sequence[Callback] = (),
@@ -74,12 +75,13 @@ def extract(
 
     The vector's header names the base by fingerprint; `metadata` joins it. In float32, base + tau
     rounds back to a bf16 or fp16 trained checkpoint to the bit, but for elements that training
-    moved by more than 2^15 times their new size; a float32 one within one rounding.
+    moved by more than 2^15 times their new size; a float32 one within one rounding. `discard` and
+    what may be raised are as in `merge`.
     """
     made = plan_difference(
         base, trained, dtype=dtype, metadata=metadata, mem_limit=mem_limit, threads=threads
     )
-    return _run_closing(made, FolderSink(out), callbacks)
+    return _run_closing(made, FolderSink(out, discard=discard), callbacks)
 
 
 def _run_closing(made: Plan, sink: Sink, callbacks: Sequence[Callback]) -> Report:

@@ -263,8 +263,8 @@ class FolderSink(Sink):
     def abort(self, error: BaseException) -> None:
         """Remove OUT.partial, unless the next run can continue from it."""
         resumable = isinstance(error, KeyboardInterrupt | SystemExit | OutputError)
-        settled = any(shard.digests for shard in self._shards)
-        if self._lock is not None and not (resumable and settled):
+        whole = any(shard.digests or shard.kept for shard in self._shards)
+        if self._lock is not None and not (resumable and whole):
             shutil.rmtree(self._partial, ignore_errors=True)
         self._close()
 

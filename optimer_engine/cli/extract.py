@@ -15,10 +15,17 @@ from optimer_engine.types import format_bytes
 @click.argument("trained")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the stored vector.")
+@click.option("--discard", is_flag=True, help="Start afresh; default: continue if interrupted.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one per core.")
 @json_option
 def command(
-    base: str, trained: str, out: Path, dtype: str, threads: int | None, as_json: bool
+    base: str,
+    trained: str,
+    out: Path,
+    dtype: str,
+    discard: bool,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Subtract BASE from TRAINED: a distribution vector, to be merged with any weight.
 
@@ -34,7 +41,13 @@ def command(
     from optimer_engine.progress import bar
 
     report = extract(
-        base, trained, out, dtype=dtype, threads=threads, callbacks=[bar(f"extract {out.name}")]
+        base,
+        trained,
+        out,
+        dtype=dtype,
+        discard=discard,
+        threads=threads,
+        callbacks=[bar(f"extract {out.name}")],
     )
     text = (
         f"{out}: {report.tensors} tensors, {format_bytes(report.bytes_written)} in"

@@ -79,7 +79,7 @@ class LivePool:
         text.unlink(missing_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
-        merge(recipe, folder)
+        merge(recipe, folder, discard=True)
         replace_file(text, written)
 
     def recipe(self, weights: dict[str, float]) -> Any:

@@ -289,5 +289,6 @@ def _extract(base: Path, out: Path, metadata: dict[str, str], progress: bool) ->
         out / "model",
         out / "vector",
         metadata=metadata,
+        discard=True,
         callbacks=[bar("vector")] if progress else [],
     )

@@ -72,6 +72,19 @@ def test_an_interrupted_merge_is_continued_to_the_same_bytes(recipe, tmp_path, t
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_full_disk_on_the_second_try_keeps_what_the_first_did(recipe, tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    run_until(recipe, tmp_path / "out", 5, KeyboardInterrupt())
+    kept = contents(tmp_path / "out.partial")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, -(10**9)))
+    with pytest.raises(OutputError, match="are free"):
+        merge(recipe, tmp_path / "out")
+    assert contents(tmp_path / "out.partial") == kept
+
+
 def test_an_error_in_the_input_leaves_nothing_to_continue(recipe, tmp_path):
     run_until(recipe, tmp_path / "out", 3, RecipeError("bad input"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "ja"]
