@@ -14,6 +14,19 @@ Names are loaded on first use, so `import optimer_engine` costs nothing and neve
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optimer_engine import ops
+    from optimer_engine.checkpoint import Checkpoint
+    from optimer_engine.engine import extract, merge
+    from optimer_engine.errors import OptimerError
+    from optimer_engine.folder_sink import FolderSink
+    from optimer_engine.planner import Plan, plan
+    from optimer_engine.recipe import Recipe, Source
+    from optimer_engine.report import Report
+    from optimer_engine.sink import LiveModelSink, Sink
+    from optimer_engine.verify import verify_output
 
 _HOME = {
     "Checkpoint": "checkpoint",
@@ -33,7 +46,22 @@ _HOME = {
 }
 
 __version__ = "0.1.0"
-__all__ = sorted(_HOME)
+__all__ = [
+    "Checkpoint",
+    "FolderSink",
+    "LiveModelSink",
+    "OptimerError",
+    "Plan",
+    "Recipe",
+    "Report",
+    "Sink",
+    "Source",
+    "extract",
+    "merge",
+    "ops",
+    "plan",
+    "verify_output",
+]
 
 
 def __getattr__(name: str) -> object:

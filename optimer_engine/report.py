@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -53,6 +53,11 @@ class Report(msgspec.Struct, kw_only=True):
 
 def peak_mem_bytes() -> int:
     """Largest resident set of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss: Linux counts the memory of the process that started this one into it.
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -61,6 +66,8 @@ def peak_mem_bytes() -> int:
 
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of this package, Python and `packages`; absent ones are left out."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {"python": sys.version.split()[0]}
     for package in ("optimer-engine", *packages):
         try:

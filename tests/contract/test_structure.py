@@ -130,7 +130,7 @@ def test_a_cpu_merge_never_imports_torch(tmp_path, write_checkpoint):
 
 
 def test_public_names_are_sorted_exist_and_share_no_name_with_a_module():
-    assert optimer_engine.__all__ == sorted(optimer_engine.__all__)
+    assert optimer_engine.__all__ == sorted(optimer_engine.__all__) == sorted(optimer_engine._HOME)
     module_names = {name for name, _ in modules()} - {"ops"}
     for name in optimer_engine.__all__:
         assert getattr(optimer_engine, name) is not None
