@@ -16,7 +16,7 @@ baseline's sake as much as the merge's (see benchmarks/demo_assets/README.md).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ from optimer_engine.search import (
     SearchConfig,
     SearchReport,
     Term,
-    TrialDone,
     Vector,
     run_search,
 )
+from optimer_engine.search.progress import bar
 from optimer_engine.train import DatasetConfig, TrainConfig, TrainReport, run_cpt
 
 PAIR = ("ja", "math")
@@ -188,13 +188,12 @@ class Loop:
             block_length=self.scale.block_size,
             out_dtype="float32",
         )
-        with _TrialBar(folder) as bar:
-            return run_search(
-                config,
-                self.out / folder,
-                reuse=None if reuse is None else self.out / reuse,
-                callbacks=[bar],
-            )
+        return run_search(
+            config,
+            self.out / folder,
+            reuse=None if reuse is None else self.out / reuse,
+            callbacks=[bar(folder)],
+        )
 
     def test_scores(self) -> dict[str, dict[str, Score]]:
         """Scores of every model of the tables on the test split, from disk where they are there."""
@@ -264,25 +263,3 @@ def _bar(items: Any, description: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(list(items), desc=description, delay=2)
-
-
-class _TrialBar:
-    """A bar over the trials of a search, with the best cost so far."""
-
-    def __init__(self, description: str) -> None:
-        self.description = description
-
-    def __enter__(self) -> Callable[[TrialDone], None]:
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc=self.description, unit="trial", delay=2)
-        return self.show
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def show(self, done: TrialDone) -> None:
-        """Advance to the trial that was just done."""
-        self._bar.total = done.total
-        self._bar.n = done.done
-        self._bar.set_postfix(best=f"{done.best_cost:+.4f}")
