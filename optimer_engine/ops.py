@@ -1,7 +1,8 @@
 """Tensor-level operations: validate meaning, choose an implementation, call a kernel.
 
 The only module that imports kernels. An implementation asked for by name is used or refused, never
-replaced silently; "auto" takes the fastest that runs here.
+replaced silently; "auto" takes the fastest that runs where the tensors are: "triton" for those in a
+GPU's memory, "cpu" for all others.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from optimer_engine.errors import MismatchError, RecipeError
+from optimer_engine.errors import MismatchError, MissingExtraError, RecipeError
 from optimer_engine.types import MERGEABLE, DType
 
-Impl = Literal["auto", "cpu", "reference"]
+Impl = Literal["auto", "triton", "cpu", "reference"]
 Kernel = Callable[..., bool]
 
 _CODE = {dtype: code for code, dtype in enumerate(MERGEABLE)}
@@ -27,38 +28,84 @@ def linear_kernel(impl: Impl = "auto") -> Kernel:
     Returns:
         kernel(base, base_dtype, sources, source_dtypes, is_delta, weights, out, out_dtype,
         add_base) -> whether any output element is NaN or infinite. Tiles are 1-D arrays in the
-        storage dtypes of their DTypes; `out` is written. The mathematics is in
-        `kernels.reference`.
+        storage dtypes of their DTypes, for "triton" torch tensors on a GPU; `out` is written. The
+        mathematics is in `kernels.reference`.
 
     Raises:
-        RecipeError: when there is no such implementation.
+        RecipeError: when there is no such implementation, or no GPU for it.
+        MissingExtraError: when triton is not installed.
     """
+    merge = _implementation(impl)
+
+    def run(base, base_dtype, sources, dtypes, is_delta, weights, out, out_dtype, add_base):  # type: ignore[no-untyped-def]
+        codes = [_CODE[dtype] for dtype in dtypes]
+        return merge(
+            base, _CODE[base_dtype], sources, codes, is_delta, weights, out, _CODE[out_dtype],
+            add_base,
+        )  # fmt: skip
+
+    return run
+
+
+def _implementation(impl: Impl) -> Kernel:
+    """The kernel, by dtype codes instead of DTypes."""
     if impl in ("auto", "cpu"):
         from optimer_engine.kernels import cpu
 
-        def run(base, base_dtype, sources, dtypes, is_delta, weights, out, out_dtype, add_base):  # type: ignore[no-untyped-def]
-            codes = [_CODE[dtype] for dtype in dtypes]
-            return cpu.linear(
-                base, _CODE[base_dtype], sources, codes, is_delta, weights, out,
-                _CODE[out_dtype], add_base,
-            )  # fmt: skip
-
-    elif impl == "reference":
+        return cpu.linear
+    if impl == "triton":
+        return _triton_linear()
+    if impl == "reference":
         from optimer_engine.kernels import reference
 
-        def run(base, base_dtype, sources, dtypes, is_delta, weights, out, out_dtype, add_base):  # type: ignore[no-untyped-def]
-            codes = [_CODE[dtype] for dtype in dtypes]
+        def run(base, base_code, sources, codes, is_delta, weights, out, out_code, add_base):  # type: ignore[no-untyped-def]
             out[:] = reference.linear(
-                base, _CODE[base_dtype], sources, codes, is_delta, weights, _CODE[out_dtype],
-                add_base,
-            )  # fmt: skip
-            return bool(nonfinite(out, out_dtype).any())
+                base, base_code, sources, codes, is_delta, weights, out_code, add_base
+            )
+            return bool(nonfinite(out, MERGEABLE[out_code]).any())
 
-    else:
+        return run
+    raise RecipeError(
+        f"{impl!r} is no implementation", where="impl", todo="use auto, triton, cpu or reference"
+    )
+
+
+def _triton_linear() -> Kernel:
+    """The GPU kernel, or what is missing for it."""
+    import torch
+
+    try:
+        from optimer_engine.kernels import gpu
+    except ImportError as error:
+        raise MissingExtraError(
+            f"triton cannot be imported ({error})",
+            where="impl triton",
+            todo="pip install 'optimer-engine[gpu]' on Linux, or merge in main memory",
+        ) from error
+    if not torch.cuda.is_available():
         raise RecipeError(
-            f"{impl!r} is no implementation", where="impl", todo="use auto, cpu or reference"
+            "torch finds no CUDA or ROCm device here",
+            where="impl triton",
+            todo="install torch for your GPU, or use impl cpu",
         )
+
+    def run(base, base_code, sources, codes, is_delta, weights, out, out_code, add_base):  # type: ignore[no-untyped-def]
+        places = {str(getattr(array, "device", "main memory")) for array in (base, *sources, out)}
+        if len(places) > 1 or not _on_gpu(base):
+            raise RecipeError(
+                f"tensors in {', '.join(sorted(places))}; all on one GPU expected",
+                where="impl triton",
+                todo="move them to one GPU",
+            )
+        return gpu.linear(
+            base, base_code, sources, codes, is_delta, weights, out, out_code, add_base
+        )
+
     return run
+
+
+def _on_gpu(array: Any) -> bool:
+    return bool(getattr(array, "is_cuda", False))
 
 
 def merge_tensors(
@@ -73,9 +120,9 @@ def merge_tensors(
     """round(base + sum_i w_i * (source_i - base)), one rounding, on whole tensors in memory.
 
     Args:
-        base: a numpy array or CPU torch tensor, any shape; float16, bfloat16 (torch), float32 or
-            float64.
-        sources: like `base`, of its shape; dtypes may differ.
+        base: a numpy array or torch tensor, any shape; float16, bfloat16 (torch), float32 or
+            float64. A tensor on a GPU is merged there.
+        sources: like `base`, of its shape and on its device; dtypes may differ.
         weights: one finite number per source.
         deltas: the sources are distribution vectors tau_i, added as they are.
         out_dtype: default the base's.
@@ -84,7 +131,9 @@ def merge_tensors(
         A new array of the base's kind and shape.
 
     Raises:
-        MismatchError: for shapes or dtypes that do not fit; RecipeError: for weights.
+        MismatchError: for shapes or dtypes that do not fit.
+        RecipeError: for weights, and for tensors that are not where `impl` works.
+        MissingExtraError: when the implementation is not installed.
     """
     if len(sources) != len(weights) or not all(math.isfinite(w) for w in weights):
         raise RecipeError(
@@ -96,21 +145,29 @@ def merge_tensors(
                 f"shape {tuple(source.shape)}, the base has {tuple(base.shape)}",
                 where=f"source {number}",
             )
-    flat_base, base_dtype = _storage(base)
-    flat = [_storage(source) for source in sources]
-    target = DType.parse(out_dtype) if out_dtype else base_dtype
-    out = np.empty(flat_base.shape, target.storage)
-    linear_kernel(impl)(
-        flat_base,
-        base_dtype,
-        [tile for tile, _ in flat],
-        [dtype for _, dtype in flat],
-        [deltas] * len(flat),
-        list(weights),
-        out,
-        target,
+    arrays = (base, *sources)
+    dtypes = [_dtype(array) for array in arrays]
+    target = DType.parse(out_dtype) if out_dtype else dtypes[0]
+    if impl == "auto" and any(_on_gpu(array) for array in arrays):
+        impl = "triton"
+    kernel = linear_kernel(impl)
+    tiles: list[Any]
+    out: Any
+    if impl == "triton":
+        import torch
+
+        tiles = [torch.as_tensor(array).detach().contiguous().reshape(-1) for array in arrays]
+        out = torch.empty_like(tiles[0], dtype=getattr(torch, target.torch_name))
+    else:
+        tiles = [_storage(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
+        out = np.empty(tiles[0].shape, target.storage)
+    deltas_or_models = [deltas] * len(sources)
+    kernel(
+        tiles[0], dtypes[0], tiles[1:], dtypes[1:], deltas_or_models, list(weights), out, target,
         True,
-    )
+    )  # fmt: skip
+    if impl == "triton":
+        return out.reshape(base.shape)
     if isinstance(base, np.ndarray):
         values = out.view(np.float16) if target is DType.F16 else out
         return values.reshape(base.shape)
@@ -132,15 +189,27 @@ def nonfinite(tile: np.ndarray, dtype: DType) -> np.ndarray:
     return ~np.isfinite(tile.view(np.float16) if dtype is DType.F16 else tile)
 
 
-def _storage(array: Any) -> tuple[np.ndarray, DType]:
-    """Any array's bits, flat, with their DType."""
-    dtype = next((d for d in MERGEABLE if d.torch_name == str(array.dtype).split(".")[-1]), None)
+def _dtype(array: Any) -> DType:
+    """The DType of a numpy array or torch tensor."""
+    name = str(array.dtype).removeprefix("torch.")
+    dtype = next((d for d in MERGEABLE if d.torch_name == name), None)
     if dtype is None:
         raise MismatchError(f"dtype {array.dtype} cannot be merged", where="tensor")
+    return dtype
+
+
+def _storage(array: Any, dtype: DType) -> np.ndarray:
+    """Any array's bits in main memory, flat."""
+    if _on_gpu(array):
+        raise RecipeError(
+            f"a tensor is on {array.device}; main memory expected",
+            where="impl",
+            todo="move it there, or use impl auto",
+        )
     if not isinstance(array, np.ndarray):
         import torch
 
         flat = array.detach().contiguous().reshape(-1)
         as_ints = flat.view(torch.int16) if dtype.itemsize == 2 else flat
-        return as_ints.numpy().view(dtype.storage), dtype
-    return np.ascontiguousarray(array).reshape(-1).view(dtype.storage), dtype
+        return as_ints.numpy().view(dtype.storage)
+    return np.ascontiguousarray(array).reshape(-1).view(dtype.storage)
