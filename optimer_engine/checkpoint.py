@@ -28,6 +28,18 @@ from optimer_engine.types import TensorInfo
 MODEL, VECTOR = "model", "vector"
 """What a folder holds, which is also the stem of its file names."""
 
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "*token*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "*processor_config.json",
+)
+"""The data files beside the weights that a model needs: configuration and tokenizer, never code."""
+
 SAMPLES, SAMPLE_BYTES = 8, 512
 """The fingerprint reads this many evenly spaced pieces of each tensor; a small one whole."""
 

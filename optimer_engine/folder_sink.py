@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from optimer_engine.checkpoint import MODEL
+from optimer_engine.checkpoint import COMPANIONS, MODEL
 from optimer_engine.errors import OutputError, RecipeError
 from optimer_engine.journal import Journal, hash_range
 from optimer_engine.planner import Plan, Run
@@ -38,18 +38,6 @@ NUMERICS_VERSION = 1
 SETTLE_BYTES = 64 << 20
 MAX_UNSETTLED_BYTES = 512 << 20
 JOURNAL = "merge.journal"
-
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "*token*.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "*processor_config.json",
-)
-"""Files beside the weights that a merged model takes over from its base, byte for byte."""
 
 
 @dataclass

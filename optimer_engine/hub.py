@@ -9,19 +9,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from optimer_engine.checkpoint import COMPANIONS
 from optimer_engine.errors import CheckpointError
 
-ALLOWED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "*token*.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-)
+ALLOWED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS)
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from optimer_engine.alignment import Match, align
 from optimer_engine.checkpoint import MODEL, VECTOR, Checkpoint
-from optimer_engine.errors import MemoryLimitError, MismatchError, RecipeError, quoted
+from optimer_engine.errors import MemoryLimitError, MismatchError, RecipeError
 from optimer_engine.hub import locate
 from optimer_engine.recipe import Recipe, Source
 from optimer_engine.safetensors_format import place
@@ -37,10 +38,6 @@ TILE_BYTES = 512 * 1024
 MIN_TILE_BYTES = 16 * 1024
 BOOKKEEPING_BYTES = 500
 """Rough cost in memory of one tensor's names and offsets in one checkpoint."""
-MAX_LISTED = 20
-
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +92,6 @@ class Shard:
     tensors: tuple[TensorInfo, ...]
 
 
-class _Match(msgspec.Struct, frozen=True, gc=False):
-    out: TensorInfo
-    base: TensorInfo
-    sources: tuple[TensorInfo | None, ...]
-
-    def operands(self, active: list[int]) -> list[tuple[int, TensorInfo]]:
-        """Base (-1), output (-2) and the numbered sources among `active` that have the tensor."""
-        found = [(-1, self.base), (-2, self.out)]
-        for number in active:
-            info = self.sources[number]
-            if info is not None:
-                found.append((number, info))
-        return found
-
-
 @dataclass(frozen=True)
 class Plan:
     """A recipe resolved against real files; made by `plan` or `plan_difference`.
@@ -133,7 +115,7 @@ class Plan:
     add_base: bool = True
     kind: str = MODEL
     warnings: tuple[str, ...] = ()
-    _matches: tuple[_Match, ...] = field(default=(), repr=False)
+    _matches: tuple[Match, ...] = field(default=(), repr=False)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -203,7 +185,7 @@ class Plan:
         """The whole output as runs, in file order; sources of weight 0 are not read."""
         active = [i for i, weight in enumerate(self.weights) if weight != 0]
         runs: list[Run] = []
-        group: list[_Match] = []
+        group: list[Match] = []
         layout: list[tuple[Any, ...]] = []
         ends: list[int] = []
         for match in self._matches:
@@ -256,7 +238,7 @@ def plan(
     if base.kind == VECTOR:
         raise MismatchError("is a distribution vector, not a model", where=recipe.base)
     out_dtype = DType.parse(recipe.out_dtype) if recipe.out_dtype else None
-    matches, warnings = _align(base, list(zip(names, sources, strict=True)), out_dtype)
+    matches, warnings = align(base, list(zip(names, sources, strict=True)), out_dtype)
     return _finish(recipe, base, sources, matches, warnings, mem_limit, threads, {"format": "pt"})
 
 
@@ -281,7 +263,7 @@ def plan_difference(
             raise MismatchError(
                 "is a distribution vector already, expected a model", where=str(name)
             )
-    matches, warnings = _align(opened[0], [("trained", opened[1])], DType.parse(dtype))
+    matches, warnings = align(opened[0], [("trained", opened[1])], DType.parse(dtype))
     kept = [match for match in matches if match.base.dtype.mergeable]
     header = {
         **(metadata or {}),
@@ -299,7 +281,7 @@ def _finish(
     recipe: Recipe,
     base: Checkpoint,
     sources: tuple[Checkpoint, ...],
-    matches: list[_Match],
+    matches: list[Match],
     warnings: list[str],
     mem_limit: int | str,
     threads: int | None,
@@ -338,85 +320,8 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _align(
-    base: Checkpoint, sources: list[tuple[str, Checkpoint]], out_dtype: DType | None
-) -> tuple[list[_Match], list[str]]:
-    """Find every base tensor in every source, or say all that does not fit."""
-    problems: list[str] = []
-    warnings: list[str] = []
-    found: list[dict[str, TensorInfo]] = []
-    for name, source in sources:
-        label = quoted(name)
-        problems += _identity_problems(base, source, label)
-        aligned = {}
-        for info in base.tensors.values():
-            other = _find(source, info.name)
-            if other is None:
-                if source.kind == VECTOR and not info.dtype.mergeable:
-                    continue
-                problems.append(f"{label} lacks {quoted(info.name)} {list(info.shape)}")
-            elif other.shape != info.shape:
-                problems.append(
-                    f"{label}: {quoted(info.name)} has shape {list(other.shape)}, the base has"
-                    f" {list(info.shape)}"
-                )
-            elif other.dtype != info.dtype and not (other.dtype.mergeable and info.dtype.mergeable):
-                problems.append(
-                    f"{label}: {quoted(info.name)} is {other.dtype.code}, the base has"
-                    f" {info.dtype.code}"
-                )
-            else:
-                aligned[info.name] = other
-        for extra in source.tensors.keys() - base.tensors.keys():
-            if _find(base, extra) is not None and source.ties_embeddings:
-                warnings.append(
-                    f"{label}: {quoted(extra)} is tied to the embeddings and is not read"
-                )
-            else:
-                problems.append(f"{label} has {quoted(extra)}, which the base lacks")
-        found.append(aligned)
-    if problems:
-        more = len(problems) - MAX_LISTED
-        listed = sorted(problems)[:MAX_LISTED] + ([f"and {more} more"] if more > 0 else [])
-        raise MismatchError(
-            "the sources do not fit the base:\n  - " + "\n  - ".join(listed),
-            where=str(base.folder),
-            todo="every source must come from this base, with the same tensors and shapes",
-        )
-    matches = []
-    for info in base.tensors.values():
-        dtype = out_dtype if out_dtype is not None and info.dtype.mergeable else info.dtype
-        out = TensorInfo(info.name, dtype, info.shape, 0, 0, info.elems * dtype.itemsize)
-        matches.append(_Match(out, info, tuple(aligned.get(info.name) for aligned in found)))
-    return matches, sorted(warnings)
-
-
-def _identity_problems(base: Checkpoint, source: Checkpoint, label: str) -> list[str]:
-    if source.kind == VECTOR:
-        if source.base_fingerprint == base.fingerprint:
-            return []
-        return [
-            f"{label} is a vector of another base: it was taken from"
-            f" {quoted(source.base_fingerprint)[:16]}, this base is {base.fingerprint[:16]}"
-        ]
-    return [
-        f"{label}: config.json has {key} {source.config[key]!r}, the base has {base.config[key]!r}"
-        for key in ("model_type", "architectures")
-        if key in source.config and key in base.config and source.config[key] != base.config[key]
-    ]
-
-
-def _find(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
-    """Tensor `name`, or the embeddings where a tied output head is not stored."""
-    info = checkpoint.tensors.get(name)
-    if info is None and name.endswith(_HEAD) and checkpoint.ties_embeddings:
-        tied = [t for t in checkpoint.tensors.values() if t.name.endswith(_EMBEDDINGS)]
-        return tied[0] if len(tied) == 1 else None
-    return info
-
-
 def _lay_out(
-    matches: Iterable[_Match], max_bytes: int, kind: str, metadata: dict[str, str]
+    matches: Iterable[Match], max_bytes: int, kind: str, metadata: dict[str, str]
 ) -> tuple[Shard, ...]:
     """Fill shards in the base's file order, named as `save_pretrained` names them."""
     groups: list[list[TensorInfo]] = [[]]
@@ -438,7 +343,7 @@ def _lay_out(
     return tuple(shards)
 
 
-def _run(group: list[_Match], active: list[int]) -> Run:
+def _run(group: list[Match], active: list[int]) -> Run:
     starts, elems = [], 0
     for match in group:
         starts.append(elems)

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from optimer_engine.durable import replace_file
 from optimer_engine.errors import MissingExtraError, RecipeError
 from optimer_engine.search.config import SearchConfig
 from optimer_engine.search.objective import CorpusObjective, Objective, Scored, default_block_length
-from optimer_engine.search.trials import replace_file
 from optimer_engine.types import DType
 
 

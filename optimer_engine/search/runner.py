@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 import numpy as np
 
+from optimer_engine.durable import replace_file
 from optimer_engine.errors import (
     MismatchError,
     MissingExtraError,
@@ -46,7 +47,6 @@ from optimer_engine.search.trials import (
     Status,
     Told,
     costs,
-    replace_file,
 )
 
 FAILURES_IN_A_ROW = 5

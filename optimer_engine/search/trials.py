@@ -22,6 +22,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from optimer_engine.durable import replace_file
 from optimer_engine.errors import OutputError, RecipeError
 from optimer_engine.search.objective import Scores, cost
 
@@ -131,21 +132,6 @@ class Journal:
             log.warning("%s: the last line was cut short; its trial is run again", self.path)
             os.truncate(self.path, len(whole))
         return _parse(self.path, whole)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Give ``path`` new content, all or nothing, on the disk when this returns."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read(path: Path) -> tuple[Run, list[Told]]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from optimer_engine.durable import replace_file
 from optimer_engine.errors import (
     MismatchError,
     MissingExtraError,
@@ -40,7 +41,7 @@ from optimer_engine.train.mixture import BlockSchedule, split_exactly
 from optimer_engine.train.model import find_base, load, save
 from optimer_engine.train.packing import pack
 from optimer_engine.train.report import DatasetReport, TrainReport
-from optimer_engine.train.resume import check_same_run, newest_complete, write_synced
+from optimer_engine.train.resume import check_same_run, newest_complete
 
 if TYPE_CHECKING:
     from transformers import (
@@ -115,7 +116,7 @@ def run_cpt(
             config, corpora, tokenizer, steps * sequences, out / "tokens", progress
         )
         _check_vocabulary(model, datasets)
-        write_synced(out / "run.json", msgspec.json.format(msgspec.json.encode(identity)))
+        replace_file(out / "run.json", msgspec.json.format(msgspec.json.encode(identity)))
 
         log, resumed_from = _fit(
             model, tokenizer, arguments, schedule, datasets, out, list(callbacks), progress
@@ -150,7 +151,7 @@ def run_cpt(
             vector=str(out / "vector") if config.makes_vector else None,
             versions=versions(*_LIBRARIES, "tokenizers", "numpy"),
         )
-        write_synced(out / "train_report.json", msgspec.json.format(msgspec.json.encode(report)))
+        replace_file(out / "train_report.json", msgspec.json.format(msgspec.json.encode(report)))
         shutil.rmtree(out / "checkpoints")
     return report
 

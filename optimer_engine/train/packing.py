@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from optimer_engine.durable import replace_file
 from optimer_engine.errors import RecipeError
 from optimer_engine.progress import QUIET_S
 from optimer_engine.train.corpus import Corpus, read_documents
-from optimer_engine.train.resume import fingerprint_of, write_synced
+from optimer_engine.train.resume import fingerprint_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def pack(
     if not facts.is_file():  # written last
         folder.mkdir(parents=True, exist_ok=True)
         info = _write_blocks(corpus, tokenizer, block_size, path, limit, progress)
-        write_synced(facts, msgspec.json.format(msgspec.json.encode(info)))
+        replace_file(facts, msgspec.json.format(msgspec.json.encode(info)))
     return np.load(path, mmap_mode="r"), msgspec.json.decode(facts.read_bytes(), type=PackedInfo)
 
 

@@ -11,7 +11,6 @@ checkpoint holds would cost minutes at each save of a large model.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from optimer_engine.durable import replace_file, sync
 from optimer_engine.errors import OutputError, RecipeError
 
 MARKER = "checkpoint.ok"
@@ -42,7 +42,7 @@ def mark_complete(checkpoint: Path) -> None:
     for path in sorted(checkpoint.iterdir()):
         sizes[path.name] = path.stat().st_size
         sync(path)
-    write_synced(checkpoint / MARKER, msgspec.json.format(msgspec.json.encode(sizes)))
+    replace_file(checkpoint / MARKER, msgspec.json.format(msgspec.json.encode(sizes)))
     sync(checkpoint.parent)
 
 
@@ -123,23 +123,3 @@ def _short(value: Any) -> str:
 def fingerprint_of(*parts: object) -> str:
     """sha256 (hex) of `parts` as JSON."""
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash it holds all of `data` or is not there."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Put a file or a folder's entries on the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

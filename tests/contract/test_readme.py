@@ -55,6 +55,15 @@ def test_the_recipe_is_a_recipe():
         assert decode(parse(text, "README.md"), Recipe, "README.md").sources
 
 
+def test_the_search_is_a_search():
+    from optimer_engine.search import SearchConfig
+
+    searches = [text for text in blocks("yaml") if "objective:" in text]
+    assert searches
+    for text in searches:
+        assert decode(parse(text, "README.md"), SearchConfig, "README.md").objective
+
+
 def test_every_command_line_names_options_that_exist():
     shown_lines = [line for text in blocks("sh") for line in text.splitlines()]
     lines = [line for line in shown_lines if line.startswith("optimer ")]

@@ -18,8 +18,9 @@ PACKAGE = ROOT / "optimer_engine"
 
 # Each module may import only what stands before it.
 ORDER = [
-    "errors", "types", "strict_yaml", "recipe", "safetensors_format", "checkpoint", "hub", "report",
-    "journal", "events", "progress", "planner", "ops", "sink", "folder_sink",
+    "errors", "durable", "types", "strict_yaml", "recipe", "safetensors_format", "checkpoint",
+    "hub", "report",
+    "journal", "events", "progress", "alignment", "planner", "ops", "sink", "folder_sink",
     "engine", "verify", "search", "train", "demo", "cli",
 ]  # fmt: skip
 WITHOUT_TORCH = ORDER[: ORDER.index("ops") + 1]
