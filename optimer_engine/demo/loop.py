@@ -42,6 +42,9 @@ from optimer_engine.train import DatasetConfig, TrainConfig, TrainReport, run_cp
 PAIR = ("ja", "math")
 """The domains of objective B."""
 
+SCORED_AT_ONCE = 4
+"""Blocks per forward pass when scoring: their logits then stay in the cache. Changes no bit."""
+
 
 class Scale(msgspec.Struct, frozen=True, kw_only=True):
     """How much of everything.
@@ -186,6 +189,7 @@ class Loop:
             ],
             trials=trials,
             block_length=self.scale.block_size,
+            batch_size=SCORED_AT_ONCE,
             out_dtype="float32",
         )
         return run_search(
@@ -228,6 +232,7 @@ class Loop:
             {d: self.text / f"{d}.{split}.jsonl" for d in domains},
             load_tokenizer(str(BASE)),
             block_length=self.scale.block_size,
+            batch_size=SCORED_AT_ONCE,
             limits=dict.fromkeys(domains, blocks),
         )
 

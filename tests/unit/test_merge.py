@@ -79,7 +79,8 @@ def test_tile_size_threads_shards_and_source_files_do_not_change_a_bit(pool, tmp
     split, _, _ = pool(files=3)
     for number, (wanted, tile_bytes, threads, shard) in enumerate(
         [
-            (recipe, 1, 1, "5GB"), (recipe, 1001, 2, "5GB"),
+            (recipe, 1, 1, "5GB"),
+            (recipe, 1001, 2, "5GB"),
             (recipe, 8192, 3, "3kB"),
             (split, 65536, 2, 700),
             (split, 1, 4, 5000),
