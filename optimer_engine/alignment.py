@@ -8,10 +8,13 @@ which has no tensors that are not floating point.
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Mapping
 
-from optimer_engine.checkpoint import VECTOR, Checkpoint
+from optimer_engine.adapter import adapter_tensors
+from optimer_engine.checkpoint import ADAPTER, MODEL, VECTOR, Checkpoint
 from optimer_engine.errors import MismatchError, quoted
+from optimer_engine.operands import Operand
+from optimer_engine.runs import Row
 from optimer_engine.types import DType, TensorInfo
 
 MAX_LISTED = 20
@@ -20,71 +23,39 @@ _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 
-class Match(msgspec.Struct, frozen=True, gc=False):
-    """One output tensor and where it comes from; a source lacks only what is never merged."""
-
-    out: TensorInfo
-    base: TensorInfo
-    sources: tuple[TensorInfo | None, ...]
-
-    def operands(self, active: list[int]) -> list[tuple[int, TensorInfo]]:
-        """Base (-1), output (-2) and the numbered sources among `active` that have the tensor."""
-        found = [(-1, self.base), (-2, self.out)]
-        for number in active:
-            info = self.sources[number]
-            if info is not None:
-                found.append((number, info))
-        return found
-
-
 def align(
-    base: Checkpoint, sources: list[tuple[str, Checkpoint]], out_dtype: DType | None
-) -> tuple[list[Match], list[str]]:
+    base: Checkpoint, sources: list[tuple[str, Checkpoint | None]], out_dtype: DType | None
+) -> tuple[list[Row], list[str]]:
     """Find every base tensor in every source, or say all that does not fit.
 
     Args:
-        sources: the user's name and the checkpoint of each.
+        sources: the user's name and the checkpoint of each; None for one that is not read.
         out_dtype: of the merged tensors; None keeps the base's.
 
     Returns:
-        One Match per base tensor, in the base's file order, not yet placed; and warnings.
+        One Row per base tensor, in the base's file order, not yet placed; and warnings.
 
     Raises:
         MismatchError: listing up to 20 problems.
     """
     problems: list[str] = []
     warnings: list[str] = []
-    found: list[dict[str, TensorInfo]] = []
+    found: list[dict[str, TensorInfo | Operand]] = []
     for name, source in sources:
+        if source is None:
+            found.append({})
+            continue
         label = quoted(name)
         problems += _identity_problems(base, source, label)
-        aligned = {}
-        for info in base.tensors.values():
-            other = _find(source, info.name)
-            if other is None:
-                if source.kind == VECTOR and not info.dtype.mergeable:
-                    continue
-                problems.append(f"{label} lacks {quoted(info.name)} {list(info.shape)}")
-            elif other.shape != info.shape:
-                problems.append(
-                    f"{label}: {quoted(info.name)} has shape {list(other.shape)}, the base has"
-                    f" {list(info.shape)}"
-                )
-            elif other.dtype != info.dtype and not (other.dtype.mergeable and info.dtype.mergeable):
-                problems.append(
-                    f"{label}: {quoted(info.name)} is {other.dtype.code}, the base has"
-                    f" {info.dtype.code}"
-                )
-            else:
-                aligned[info.name] = other
-        for extra in source.tensors.keys() - base.tensors.keys():
-            if _find(base, extra) is not None and source.ties_embeddings:
+        given = _given(source)
+        found.append(_fitting(base, source, given, label, problems))
+        for extra in given.keys() - base.tensors.keys():
+            if _find(base, base.tensors, extra) is not None and source.ties_embeddings:
                 warnings.append(
                     f"{label}: {quoted(extra)} is tied to the embeddings and is not read"
                 )
             else:
                 problems.append(f"{label} has {quoted(extra)}, which the base lacks")
-        found.append(aligned)
     if problems:
         more = len(problems) - MAX_LISTED
         listed = sorted(problems)[:MAX_LISTED] + ([f"and {more} more"] if more > 0 else [])
@@ -93,15 +64,53 @@ def align(
             where=str(base.folder),
             todo="every source must come from this base, with the same tensors and shapes",
         )
-    matches = []
+    rows = []
     for info in base.tensors.values():
         dtype = out_dtype if out_dtype is not None and info.dtype.mergeable else info.dtype
         out = TensorInfo(info.name, dtype, info.shape, 0, 0, info.elems * dtype.itemsize)
-        matches.append(Match(out, info, tuple(aligned.get(info.name) for aligned in found)))
-    return matches, sorted(warnings)
+        rows.append(Row(out, (info, *(aligned.get(info.name) for aligned in found)), 0))
+    return rows, sorted(warnings)
+
+
+def _given(source: Checkpoint) -> Mapping[str, TensorInfo | Operand]:
+    """What a source offers, by the base's names."""
+    if source.kind == ADAPTER:
+        return adapter_tensors(source)
+    return source.tensors
+
+
+def _fitting(
+    base: Checkpoint,
+    source: Checkpoint,
+    given: Mapping[str, TensorInfo | Operand],
+    label: str,
+    problems: list[str],
+) -> dict[str, TensorInfo | Operand]:
+    """The source's tensors that can be merged into the base's; what cannot joins `problems`."""
+    fitting: dict[str, TensorInfo | Operand] = {}
+    for info in base.tensors.values():
+        other = _find(source, given, info.name)
+        if other is None:
+            if source.kind == MODEL or (source.kind == VECTOR and info.dtype.mergeable):
+                problems.append(f"{label} lacks {quoted(info.name)} {list(info.shape)}")
+        elif other.shape != info.shape:
+            problems.append(
+                f"{label}: {quoted(info.name)} has shape {list(other.shape)}, the base has"
+                f" {list(info.shape)}"
+            )
+        elif other.dtype != info.dtype and not (other.dtype.mergeable and info.dtype.mergeable):
+            problems.append(
+                f"{label}: {quoted(info.name)} is {other.dtype.code}, the base has"
+                f" {info.dtype.code}"
+            )
+        else:
+            fitting[info.name] = other
+    return fitting
 
 
 def _identity_problems(base: Checkpoint, source: Checkpoint, label: str) -> list[str]:
+    if source.kind == ADAPTER:
+        return []
     if source.kind == VECTOR:
         if source.base_fingerprint == base.fingerprint:
             return []
@@ -116,10 +125,12 @@ def _identity_problems(base: Checkpoint, source: Checkpoint, label: str) -> list
     ]
 
 
-def _find(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
+def _find(
+    checkpoint: Checkpoint, given: Mapping[str, TensorInfo | Operand], name: str
+) -> TensorInfo | Operand | None:
     """Tensor `name`, or the embeddings where a tied output head is not stored."""
-    info = checkpoint.tensors.get(name)
-    if info is None and name.endswith(_HEAD) and checkpoint.ties_embeddings:
-        tied = [t for t in checkpoint.tensors.values() if t.name.endswith(_EMBEDDINGS)]
-        return tied[0] if len(tied) == 1 else None
-    return info
+    found = given.get(name)
+    if found is None and checkpoint.kind != ADAPTER and name.endswith(_HEAD):
+        tied = [t for t in given.values() if getattr(t, "name", "").endswith(_EMBEDDINGS)]
+        return tied[0] if len(tied) == 1 and checkpoint.ties_embeddings else None
+    return found

@@ -2,8 +2,10 @@
 
 Opening reads headers only. Each file is opened once and the descriptor is kept, so a file replaced
 meanwhile stays the old one; its size and times are remembered and checked again after the merge.
-The engine reads tiles with `read_into` (pread: a truncated file is an error, where a memory mapping
-would kill the process); `view` maps a tensor lazily for code that wants an array.
+Elements come by one of two backends with the same bits. "pread", the default, copies them into the
+caller's buffer: a truncated file is an error, memory stays flat, and on warm files it is as fast.
+"mmap" hands out views of a lazy memory mapping, advised ahead and released behind the reader; a
+file cut meanwhile kills the process (SIGBUS), as it does every program that maps files.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import msgspec
 import numpy as np
@@ -25,8 +27,8 @@ from optimer_engine.errors import CheckpointError, quoted
 from optimer_engine.safetensors_format import read_header
 from optimer_engine.types import TensorInfo
 
-MODEL, VECTOR = "model", "vector"
-"""What a folder holds, which is also the stem of its file names."""
+MODEL, VECTOR, ADAPTER = "model", "vector", "adapter_model"
+"""What a folder holds, which is also the stem of its file names; an adapter is PEFT's."""
 
 COMPANIONS = (
     "config.json",
@@ -39,6 +41,11 @@ COMPANIONS = (
     "*processor_config.json",
 )
 """The data files beside the weights that a model needs: configuration and tokenizer, never code."""
+
+Backend = Literal["pread", "mmap"]
+
+RELEASE_BYTES = 32 << 20
+"""The mmap backend releases pages in pieces of this size: smaller ones split large pages."""
 
 SAMPLES, SAMPLE_BYTES = 8, 512
 """The fingerprint reads this many evenly spaced pieces of each tensor; a small one whole."""
@@ -56,22 +63,26 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        kind: "model", or "vector" for a folder written by `optimer extract`.
+        kind: "model", "vector" for a folder written by `optimer extract`, or "adapter_model".
         tensors: name to TensorInfo, in file order.
         metadata: the first file's header metadata.
-        config: config.json as data ({} for a vector without one); nothing in it is executed.
+        config: config.json as data ({} for a vector without one), adapter_config.json for an
+            adapter; nothing in it is executed.
     """
 
-    def __init__(self, folder: Path, kind: str, config: dict[str, Any]) -> None:
-        self.folder, self.kind, self.config = folder, kind, config
+    def __init__(
+        self, folder: Path, kind: str, config: dict[str, Any], backend: Backend = "pread"
+    ) -> None:
+        self.folder, self.kind, self.config, self.backend = folder, kind, config, backend
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self.files: list[_File] = []
         self._maps: dict[int, mmap.mmap] = {}
+        self._released: dict[int, int] = {}
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
-        """Read index and headers of `folder`.
+    def open(cls, folder: str | Path, *, backend: Backend = "pread") -> Checkpoint:
+        """Read index and headers of `folder`; `backend` is how elements are read later.
 
         Raises:
             CheckpointError: when the folder, its index, a header or config.json is not as it must
@@ -81,7 +92,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError("no such folder", where=str(folder), todo="check the path")
         kind = _kind_of(folder)
-        checkpoint = cls(folder, kind, _read_config(folder, required=kind == MODEL))
+        checkpoint = cls(folder, kind, _read_config(folder, kind), backend)
         try:
             index = folder / f"{kind}.safetensors.index.json"
             single = folder / f"{kind}.safetensors"
@@ -203,19 +214,44 @@ class Checkpoint:
                 f"reading failed: {error.strerror}", where=str(self.files[file].path)
             ) from error
 
+    def read_elems(self, file: int, offset: int, size: int, buffer: np.ndarray) -> np.ndarray:
+        """`size` bytes from `offset` of file number `file`, by the checkpoint's backend.
+
+        Args:
+            buffer: uint8, at least `size` long; holds the result, unless that is a view.
+
+        Raises:
+            CheckpointError: as `read_into` does.
+        """
+        if self.backend == "pread":
+            self.read_into(file, offset, buffer[:size].data)
+            return buffer[:size]
+        mapped = self._map(file)
+        behind = offset // RELEASE_BYTES * RELEASE_BYTES - RELEASE_BYTES
+        last = self._released.get(file, 0)
+        if behind > last:
+            # Dropped pages are read again if a slow thread still needs them.
+            self._released[file] = behind
+            mapped.madvise(mmap.MADV_DONTNEED, last, behind - last)
+            ahead = min(len(mapped) - behind, 3 * RELEASE_BYTES)
+            mapped.madvise(mmap.MADV_WILLNEED, behind, ahead)
+        return np.frombuffer(mapped, np.uint8, size, offset)
+
     def view(self, name: str) -> np.ndarray:
         """Tensor `name` as a read-only array on a lazy memory mapping, in its storage dtype.
 
         bf16 and fp16 come as uint16 bits. No byte is read until it is touched.
         """
         info = self.tensors[name]
-        if info.file not in self._maps:
-            fd = self.files[info.file].fd
-            self._maps[info.file] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-        mapped = self._maps[info.file]
         storage = info.dtype.storage
-        flat = np.frombuffer(mapped, storage, info.nbytes // storage.itemsize, info.offset)
-        return flat.reshape(info.shape)
+        count = info.nbytes // storage.itemsize
+        return np.frombuffer(self._map(info.file), storage, count, info.offset).reshape(info.shape)
+
+    def _map(self, file: int) -> mmap.mmap:
+        if file not in self._maps:
+            self._maps[file] = mmap.mmap(self.files[file].fd, 0, prot=mmap.PROT_READ)
+            self._maps[file].madvise(mmap.MADV_SEQUENTIAL)
+        return self._maps[file]
 
     def check_unchanged(self) -> None:
         """Compare every open file with what it was when opened.
@@ -258,16 +294,10 @@ def _bad(path: Path, what: str) -> NoReturn:
 
 
 def _kind_of(folder: Path) -> str:
-    for kind in (MODEL, VECTOR):
+    for kind in (MODEL, VECTOR, ADAPTER):
         for name in (f"{kind}.safetensors", f"{kind}.safetensors.index.json"):
             if (folder / name).exists() or (folder / name).is_symlink():
                 return kind
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            "is a LoRA adapter, not a full checkpoint",
-            where=str(folder),
-            todo="merge the adapter into its base first (PEFT's merge_and_unload)",
-        )
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
     if pickles:
         raise CheckpointError(
@@ -282,13 +312,13 @@ def _kind_of(folder: Path) -> str:
     )
 
 
-def _read_config(folder: Path, required: bool) -> dict[str, Any]:
-    path = folder / "config.json"
+def _read_config(folder: Path, kind: str) -> dict[str, Any]:
+    path = folder / ("adapter_config.json" if kind == ADAPTER else "config.json")
     if path.exists():
         return _read_json(path)
-    if required:
+    if kind != VECTOR:
         raise CheckpointError(
-            "config.json is missing", where=str(folder), todo="copy it from the original model"
+            f"{path.name} is missing", where=str(folder), todo="copy it from the original model"
         )
     return {}
 

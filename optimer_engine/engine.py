@@ -1,35 +1,42 @@
 """Run a plan: the only home of threads.
 
-Every worker thread does the whole of a tile: read its pieces into buffers of its own that are
+Every worker thread does the whole of a tile: read its operands into buffers of its own that are
 reused for ever, run the fused kernel, hand the result to the sink. Reading, arithmetic and writing
 release the GIL, so the threads overlap them with no queues between stages, and memory is threads x
 operands x tile whatever the size of model, shard or tensor.
+
+A run is a *job*. Methods that need statistics of a whole tensor make passes over its tiles before
+they merge; while the last tiles of a pass are under way, the other threads start the next job.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from optimer_engine import ops
-from optimer_engine.checkpoint import VECTOR
+from optimer_engine import methods, ops
+from optimer_engine.checkpoint import Backend
 from optimer_engine.errors import MismatchError, NonFiniteError, quoted
 from optimer_engine.events import Advanced, Callback, Event, Finished, Started
 from optimer_engine.folder_sink import FolderSink
-from optimer_engine.planner import MEM_LIMIT, Piece, Plan, Run, plan, plan_difference
+from optimer_engine.methods.protocol import Pass, Statistics
+from optimer_engine.operands import Stored
+from optimer_engine.planner import MEM_LIMIT, Plan, plan, plan_difference
 from optimer_engine.recipe import Recipe
 from optimer_engine.report import Report, peak_mem_bytes, versions
+from optimer_engine.runs import DIFFERENCE, Run
 from optimer_engine.sink import Sink
 
 SETTLE_EVERY_S = 0.01
 
-Tile = tuple[Run, int, int]
+COPY_BYTES = 16 << 20
+"""Unchanged tensors are copied from file to file in pieces of this size."""
 
 
 def merge(
@@ -37,8 +44,10 @@ def merge(
     out: str | Path,
     *,
     discard: bool = False,
+    part: tuple[int, int] = (1, 1),
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
+    backend: Backend = "pread",
     callbacks: Sequence[Callback] = (),
 ) -> Report:
     """Merge as `recipe` says into the new folder `out`.
@@ -50,12 +59,22 @@ def merge(
         recipe: a Recipe, a mapping, or the path of a YAML file.
         out: must not exist, or be empty; appears only when it is complete.
         discard: start afresh instead of continuing.
+        part: (i, n) to write only the i-th of n parts, counted from 1; n runs, on any machines that
+            share the disk, make one output, and the one that ends last publishes it.
+        backend: how inputs are read: "pread", or "mmap" (see `checkpoint`).
 
     Raises:
         OptimerError: bad input leaves nothing behind, a failing disk a state to continue from; see
             `plan` for what is checked before the start.
     """
-    made = plan(recipe, mem_limit=mem_limit, threads=threads)
+    made = plan(
+        recipe,
+        mem_limit=mem_limit,
+        threads=threads,
+        every_source=False,
+        part=part,
+        backend=backend,
+    )
     return _run_closing(made, FolderSink(out, discard=discard), callbacks)
 
 
@@ -107,7 +126,7 @@ def run(
         sink.open(made)
         execution.emit(Started(made.out_bytes))
         execution.run()
-        for checkpoint in (made.base, *made.sources):
+        for checkpoint in made.read_checkpoints.values():
             checkpoint.check_unchanged()
         report = _report(made, execution.bytes_read, time.perf_counter() - started)
         sink.commit(report)
@@ -118,6 +137,64 @@ def run(
     return report
 
 
+class _Job:
+    """One run on its way through its passes and the merge; guarded by the execution's lock.
+
+    Attributes:
+        step: elements per tile.
+        wanted: the pass under way; None when it is the merge. `state`: what the passes found.
+    """
+
+    def __init__(self, run: Run, tile_bytes: int, copies: bool) -> None:
+        self.run, self.method = run, run.method
+        self.wanted: Pass | None = None
+        self.state: Any = None
+        self.steps: Statistics | None = None
+        self.copied = copies and run.copied and not run.sources and isinstance(run.base, Stored)
+        self.step = run.tile_elems(COPY_BYTES if self.copied else tile_bytes)
+        if self.method is not None:
+            self.steps = self.method.statistics(run.recipe)
+            self._advance(None)
+        else:
+            self._begin()
+
+    def _advance(self, result: Any) -> None:
+        assert self.steps is not None
+        try:
+            self.wanted = self.steps.send(result)
+        except StopIteration as end:
+            self.wanted, self.state = None, end.value
+        self._begin()
+
+    def _begin(self) -> None:
+        self.cursor, self.unfinished = 0, self.run.elems
+        self.accumulators: dict[int, Any] = {}
+
+    def take(self) -> tuple[int, int] | None:
+        """The next tile of the current pass, as start and stop; None when all are given out."""
+        if self.cursor >= self.run.elems:
+            return None
+        start = self.cursor
+        self.cursor = min(start + self.step, self.run.elems)
+        return start, self.cursor
+
+    def accumulator(self) -> Any:
+        """This thread's, of the pass under way."""
+        assert self.wanted is not None
+        mine = threading.get_ident()
+        if mine not in self.accumulators:
+            self.accumulators[mine] = self.wanted.start()
+        return self.accumulators[mine]
+
+    def finish(self, start: int, stop: int) -> bool:
+        """A tile is done; True when it was the last one of the merge."""
+        self.unfinished -= stop - start
+        if self.unfinished or self.wanted is None:
+            return self.unfinished == 0
+        self._advance(self.wanted.finish(list(self.accumulators.values())))
+        return False
+
+
 class _Execution:
     """The state that the worker threads of one run share."""
 
@@ -125,17 +202,11 @@ class _Execution:
         self, made: Plan, sink: Sink, callbacks: Sequence[Callback], kernel: ops.Kernel
     ) -> None:
         self.plan, self.sink, self.callbacks, self.kernel = made, sink, callbacks, kernel
-        self.is_delta = [source.kind == VECTOR for source in made.sources]
         self.bytes_read = 0
-        self.lock = threading.Lock()
+        self.changed = threading.Condition()
         self.stop = threading.Event()
-        self.tiles = self._cut()
-
-    def _cut(self) -> Iterator[Tile]:
-        for stretch in self.plan.runs():
-            step = stretch.tile_elems(self.plan.tile_bytes)
-            for start in range(0, stretch.elems, step):
-                yield stretch, start, min(start + step, stretch.elems)
+        self.runs = iter(made.runs())
+        self.jobs: list[_Job] = []
 
     def emit(self, event: Event) -> None:
         for callback in self.callbacks:
@@ -149,8 +220,13 @@ class _Execution:
                 for worker in workers:
                     worker.result()
             finally:
-                self.stop.set()
+                self._halt()
             settler.result()
+
+    def _halt(self) -> None:
+        self.stop.set()
+        with self.changed:
+            self.changed.notify_all()
 
     def _settle(self) -> None:
         """Let the sink settle what is written, beside the workers."""
@@ -158,93 +234,118 @@ class _Execution:
             while not self.stop.wait(SETTLE_EVERY_S):
                 self.sink.settle()
         finally:
-            self.stop.set()
+            self._halt()
+
+    def _take(self) -> tuple[_Job, int, int] | None:
+        """The next tile: of the oldest job that has one ready, else of the next run."""
+        with self.changed:
+            while not self.stop.is_set():
+                for job in self.jobs:
+                    if tile := job.take():
+                        return job, *tile
+                run = next(self.runs, None)
+                if run is not None:
+                    self.jobs.append(_Job(run, self.plan.tile_bytes, self.sink.copies))
+                elif any(job.wanted for job in self.jobs):
+                    self.changed.wait()  # for the end of a pass, which makes its job ready again
+                else:
+                    return None
+        return None
 
     def _work(self) -> None:
         # Rows are skewed by one cache line, or equal offsets would compete for the same cache sets.
-        rows = len(self.plan.sources) + 2
-        ring = np.empty((rows, self.plan.tile_bytes + 4096 + 64), np.uint8)
-        while not self.stop.is_set():
-            with self.lock:
-                tile = next(self.tiles, None)
-            if tile is None:
-                return
-            try:
-                stretch, start, stop = tile
-                if self.sink.has(stretch, start, stop):
-                    read_bytes, out_bytes = 0, (stop - start) * stretch.out.dtype.itemsize
-                else:
-                    read_bytes, out_bytes = self._merge(tile, ring)
-            except BaseException:
-                self.stop.set()
-                raise
-            with self.lock:
-                self.bytes_read += read_bytes
-                self.emit(Advanced(out_bytes))
+        ring = np.empty(self.plan.ring_shape, np.uint8)
+        try:
+            while taken := self._take():
+                job, start, stop = taken
+                read_bytes, out_bytes = self._do(job, start, stop, ring)
+                with self.changed:
+                    self.bytes_read += read_bytes
+                    if job.finish(start, stop):
+                        self.jobs.remove(job)
+                    self.changed.notify_all()
+                    if out_bytes:
+                        self.emit(Advanced(out_bytes))
+        except BaseException:
+            self._halt()
+            raise
 
-    def _merge(self, tile: Tile, ring: np.ndarray) -> tuple[int, int]:
-        stretch, start, stop = tile
-        base = self._read(self.plan.base, stretch.base, start, stop, ring[0])
-        sources = [
-            self._read(self.plan.sources[number], piece, start, stop, ring[row])
-            for row, (number, piece) in enumerate(stretch.sources, start=1)
-        ]
-        if stretch.copied:
-            for (number, _), source in zip(stretch.sources, sources, strict=True):
-                if not np.array_equal(base, source):
-                    self._refuse_unequal(tile, number)
-            out = base
+    def _do(self, job: _Job, start: int, stop: int, ring: np.ndarray) -> tuple[int, int]:
+        """One tile of a pass or of the merge: (bytes read, bytes of output done)."""
+        run = job.run
+        out_bytes = 0 if job.wanted else (stop - start) * run.out.dtype.itemsize
+        if out_bytes and self.sink.has(run, start, stop):
+            return 0, out_bytes
+        if job.copied:
+            base = run.base
+            assert isinstance(base, Stored)
+            fd = base.checkpoint.files[base.file].fd
+            self.sink.copy_run(run, start, stop, fd, base.offset + start * base.dtype.itemsize)
+            return out_bytes, out_bytes
+        tiles = _read(run, start, stop, ring)
+        read_bytes = sum(tile.nbytes for tile in tiles)
+        if run.copied:
+            for (number, _), tile in zip(run.sources, tiles[1:], strict=True):
+                if not np.array_equal(tiles[0], tile):
+                    self._refuse_unequal(run, start, stop, number)
+            self.sink.write_run(run, start, tiles[0])
+            return read_bytes, out_bytes
+        out = ring[-1][: (stop - start) * run.out.dtype.itemsize].view(run.out.dtype.storage)
+        if job.method is None:
+            bad = self._linear(run, tiles, out)
         else:
-            out = ring[-1][: (stop - start) * stretch.out.dtype.itemsize].view(
-                stretch.out.dtype.storage
-            )
-            numbers = [number for number, _ in stretch.sources]
-            if self.kernel(
-                base,
-                stretch.base.dtype,
-                sources,
-                [piece.dtype for _, piece in stretch.sources],
-                [self.is_delta[number] for number in numbers],
-                [self.plan.weights[number] for number in numbers],
-                out,
-                stretch.out.dtype,
-                self.plan.add_base,
-            ):
-                self._refuse_nonfinite(tile, base, sources)
-        self.sink.write_run(stretch, start, out)
-        return base.nbytes + sum(source.nbytes for source in sources), out.nbytes
+            operands = [
+                methods.Operand(tile, operand.dtype, operand.is_delta)
+                for tile, operand in zip(tiles, run.operands, strict=True)
+            ]
+            base_operand = operands.pop(0) if run.base is not None else None
+            cut = methods.Tile(run.recipe, start, stop, base_operand, tuple(operands))
+            if job.wanted:
+                with self.changed:
+                    accumulator = job.accumulator()
+                job.wanted.map(cut, accumulator)
+                return read_bytes, 0
+            bad = job.method.merge(cut, job.state, out)
+        if bad:
+            self._refuse_nonfinite(run, start, stop, tiles)
+        self.sink.write_run(run, start, out)
+        return read_bytes, out_bytes
 
-    def _read(
-        self, checkpoint: Any, piece: Piece, start: int, stop: int, row: np.ndarray
-    ) -> np.ndarray:
-        size = piece.dtype.itemsize
-        buffer = row[: (stop - start) * size]
-        checkpoint.read_into(piece.file, piece.offset + start * size, buffer.data)
-        return buffer.view(piece.dtype.storage)
+    def _linear(self, run: Run, tiles: list[np.ndarray], out: np.ndarray) -> bool:
+        assert run.base is not None
+        weights = run.treatment.weights
+        return self.kernel(
+            tiles[0],
+            run.base.dtype,
+            tiles[1:],
+            [operand.dtype for _, operand in run.sources],
+            [operand.is_delta for _, operand in run.sources],
+            [weights[number] for number, _ in run.sources],
+            out,
+            run.out.dtype,
+            run.treatment.method != DIFFERENCE,
+        )
 
-    def _name(self, number: int) -> str:
-        return f"source {self.plan.recipe.sources[number].name!r}"
+    def _name(self, run: Run, number: int) -> str:
+        return f"source {self.plan.names[run.treatment.checkpoints[number + 1]]!r}"
 
-    def _refuse_unequal(self, tile: Tile, number: int) -> NoReturn:
-        names = ", ".join(quoted(info.name) for info, *_ in tile[0].parts(*tile[1:]))
+    def _refuse_unequal(self, run: Run, start: int, stop: int, number: int) -> NoReturn:
+        names = ", ".join(quoted(info.name) for info, *_ in run.parts(start, stop))
         raise MismatchError(
-            f"{names} is {tile[0].base.dtype.code} and differs from the base's; only floating-point"
+            f"{names} is {run.out.dtype.code} and differs from the base's; only floating-point"
             " tensors can be merged",
-            where=self._name(number),
+            where=self._name(run, number),
             todo="use sources whose other tensors equal the base's",
         )
 
     def _refuse_nonfinite(
-        self, tile: Tile, base: np.ndarray, sources: list[np.ndarray]
+        self, run: Run, start: int, stop: int, tiles: list[np.ndarray]
     ) -> NoReturn:
-        stretch, start, stop = tile
-        inputs = [("base", stretch.base, base)] + [
-            (self._name(number), piece, source)
-            for (number, piece), source in zip(stretch.sources, sources, strict=True)
-        ]
-        for name, piece, values in inputs:
-            for info, first, low, high in stretch.parts(start, stop):
-                bad = ops.nonfinite(values[low - start : high - start], piece.dtype)
+        names = [] if run.base is None else ["base"]
+        names += [self._name(run, number) for number, _ in run.sources]
+        for name, operand, values in zip(names, run.operands, tiles, strict=True):
+            for info, first, low, high in run.parts(start, stop):
+                bad = ops.nonfinite(values[low - start : high - start], operand.dtype)
                 if bad.any():
                     raise NonFiniteError(
                         f"{quoted(info.name)} holds NaN or infinity: first at element"
@@ -253,26 +354,33 @@ class _Execution:
                         where=name,
                         todo="repair or leave out this source",
                     )
-        names = ", ".join(quoted(info.name) for info, *_ in stretch.parts(start, stop))
+        tensors = ", ".join(quoted(info.name) for info, *_ in run.parts(start, stop))
         raise NonFiniteError(
-            f"{names}: the merged values are too large for {stretch.out.dtype.torch_name}",
+            f"{tensors}: the merged values are too large for {run.out.dtype.torch_name}",
             where="output",
             todo="use smaller weights or out_dtype: float32",
         )
 
 
+def _read(run: Run, start: int, stop: int, ring: np.ndarray) -> list[np.ndarray]:
+    """The tile of every operand, the base first."""
+    tiles: list[np.ndarray] = []
+    for operand, buffer in zip(run.operands, ring, strict=False):
+        base = tiles[0] if tiles and run.base is not None else None
+        tiles.append(operand.read(start, stop, buffer, base))
+    return tiles
+
+
 def _report(made: Plan, bytes_read: int, wall_s: float) -> Report:
     recipe = made.recipe
-    names = [source.name for source in recipe.sources]
-    read = {
-        n: c.fingerprint for n, c, w in zip(names, made.sources, made.weights, strict=True) if w
-    }
+    extracted = any(treatment.method == DIFFERENCE for treatment in made.treatments)
+    read = made.read_checkpoints.items()
     return Report(
-        operation="base + sum_i w_i * tau_i" if made.add_base else "trained - base",
+        operation="trained - base" if extracted else "base + sum_i w_i * tau_i",
         recipe=recipe.to_dict(),
         recipe_fingerprint=recipe.fingerprint(),
-        fingerprints={"base": made.base.fingerprint, **read},
-        tensors=sum(len(shard.tensors) for shard in made.shards),
+        fingerprints={name: checkpoint.fingerprint for name, checkpoint in read},
+        tensors=len(made.rows),
         bytes_read=bytes_read,
         bytes_written=made.out_bytes,
         wall_s=wall_s,

@@ -26,6 +26,9 @@ class Journal:
     Args:
         path: created if absent, with `head` as its first line.
         head: what the run is; a journal with another head belongs to another run.
+
+    Attributes:
+        fd: of the open file.
     """
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
@@ -33,21 +36,21 @@ class Journal:
         self.claims: list[dict[str, Any]] = [line for _, line in lines[1:]]
         self.other_run = bool(lines) and lines[0][1] != head
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(path, flags, 0o666)
-        os.ftruncate(self._fd, lines[-1][0] if lines else 0)
-        os.lseek(self._fd, 0, os.SEEK_END)
+        self.fd = os.open(path, flags, 0o666)
+        os.ftruncate(self.fd, lines[-1][0] if lines else 0)
+        os.lseek(self.fd, 0, os.SEEK_END)
         if not lines:
             self.append(head)
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line and wait until the disk has it."""
         text = json.dumps(line, sort_keys=True).encode()
-        os.write(self._fd, b"%08x %s\n" % (zlib.crc32(text), text))
-        os.fdatasync(self._fd)
+        os.write(self.fd, b"%08x %s\n" % (zlib.crc32(text), text))
+        os.fdatasync(self.fd)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

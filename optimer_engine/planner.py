@@ -3,28 +3,28 @@
 Planning reads headers only (and a few KiB per tensor where a fingerprint is compared). All
 mismatches are reported at once, before anything is written. A plan is immutable; `with_weights`
 gives the same plan with other weights for the price of a copy, which is what a search trial needs.
-
-Neighbouring tensors are joined into *runs*: stretches that are contiguous, in the same order and
-of one dtype in every operand and in the output. A run is one flat array to the engine, so a
-thousand small norms cost what one tensor of their size costs, and tiles are cut from runs.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import msgspec
 
-from optimer_engine.alignment import Match, align
-from optimer_engine.checkpoint import MODEL, VECTOR, Checkpoint
+from optimer_engine import methods
+from optimer_engine.alignment import align
+from optimer_engine.checkpoint import ADAPTER, MODEL, VECTOR, Backend, Checkpoint
 from optimer_engine.errors import MemoryLimitError, MismatchError, RecipeError
 from optimer_engine.hub import locate
+from optimer_engine.layout import Shard, lay_out
+from optimer_engine.operands import Operand
 from optimer_engine.recipe import Recipe, Source
-from optimer_engine.safetensors_format import place
+from optimer_engine.runs import DIFFERENCE, JOINED, Row, Run, Treatment, anchored, fold, join
+from optimer_engine.tensor_recipe import Settings
 from optimer_engine.types import DType, TensorInfo, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -40,113 +40,111 @@ BOOKKEEPING_BYTES = 500
 """Rough cost in memory of one tensor's names and offsets in one checkpoint."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Where an operand's bytes of a run begin."""
-
-    file: int
-    offset: int
-    dtype: DType
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A flat stretch of `elems` elements.
-
-    Attributes:
-        tensors: the output tensors it consists of, and `starts`, the first element of each.
-        base: where the base's bytes are; `sources`: (number of the source, where) of those read.
-        out: where the output's bytes go; `file` is the number of the shard.
-        copied: the base's bytes are the output (no arithmetic); any source must equal them.
-    """
-
-    tensors: tuple[TensorInfo, ...]
-    starts: tuple[int, ...]
-    elems: int
-    base: Piece
-    sources: tuple[tuple[int, Piece], ...]
-    out: Piece
-    copied: bool
-
-    def tile_elems(self, tile_bytes: int) -> int:
-        """Elements of a tile whose widest operand takes `tile_bytes`."""
-        pieces = (self.base, self.out, *(piece for _, piece in self.sources))
-        widest = max(piece.dtype.itemsize for piece in pieces)
-        return max(1, tile_bytes // widest)
-
-    def parts(self, start: int, stop: int) -> Iterator[tuple[TensorInfo, int, int, int]]:
-        """Tensors met by elements start..stop: (tensor, first element in it, from, to in run)."""
-        for info, begin in zip(self.tensors, self.starts, strict=True):
-            low, high = max(start, begin), min(stop, begin + info.elems)
-            if low < high:
-                yield info, low - begin, low, high
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One output file: name, first bytes (the header), total size, tensors in file order."""
-
-    name: str
-    header: bytes
-    size: int
-    tensors: tuple[TensorInfo, ...]
-
-
 @dataclass(frozen=True)
 class Plan:
     """A recipe resolved against real files; made by `plan` or `plan_difference`.
 
     Attributes:
         recipe: what was asked for; its weights are the ones used.
-        base, sources: the opened checkpoints.
+        checkpoints: the opened inputs, the base first; None for a source of weight 0 that was left
+            unopened. `names`: what the user calls each.
+        rows: every output tensor, placed; `treatments`: what is done to them.
         shards: the output files, every byte placed.
-        add_base: True for a merge, False for a difference.
+        part: (i, n) to make only the shards that are the i-th of n parts' share.
         kind: "model" or "vector", the kind of checkpoint that comes out.
         threads, tile_bytes: how it runs; neither changes a bit of the output.
         warnings: what was noticed and not refused.
     """
 
     recipe: Recipe
-    base: Checkpoint
-    sources: tuple[Checkpoint, ...]
+    checkpoints: tuple[Checkpoint | None, ...]
+    names: tuple[str, ...]
+    treatments: tuple[Treatment, ...]
+    rows: tuple[Row, ...]
     shards: tuple[Shard, ...]
     threads: int
     tile_bytes: int
-    add_base: bool = True
     kind: str = MODEL
     warnings: tuple[str, ...] = ()
-    _matches: tuple[Match, ...] = field(default=(), repr=False)
+    part: tuple[int, int] = (1, 1)
 
     @property
-    def weights(self) -> tuple[float, ...]:
-        """One weight per source, in the recipe's order."""
-        return tuple(source.weight for source in self.recipe.sources)
+    def base(self) -> Checkpoint:
+        """The checkpoint that configuration and tokenizer come from."""
+        base = self.checkpoints[0]
+        assert base is not None
+        return base
+
+    @property
+    def sources(self) -> tuple[Checkpoint | None, ...]:
+        """The inputs beside the base."""
+        return self.checkpoints[1:]
+
+    @property
+    def read_checkpoints(self) -> dict[str, Checkpoint]:
+        """Name to checkpoint, of those that the plan reads."""
+        used = {0}
+        for treatment in self.treatments:
+            weights = (dict(pairs).get("weight", 1.0) for pairs in treatment.settings.per_source)
+            read = zip(treatment.checkpoints[1:], weights, strict=True)
+            used |= {number for number, weight in read if weight != 0}
+        opened = zip(self.names, self.checkpoints, strict=True)
+        return {n: c for i, (n, c) in enumerate(opened) if i in used and c is not None}
 
     @property
     def out_bytes(self) -> int:
-        """Bytes of tensor data in the output."""
-        return sum(match.out.nbytes for match in self._matches)
+        """Bytes of tensor data that this plan, or its part, puts out."""
+        own = set(self.own_shards)
+        return sum(row.out.nbytes for row in self.rows if row.out.file in own)
+
+    @property
+    def own_shards(self) -> range:
+        """Numbers of the shards that this part makes."""
+        number, count = self.part
+        return range(number - 1, len(self.shards), count)
 
     @property
     def projected_mem_bytes(self) -> int:
         """Upper bound of what running the plan adds to the interpreter and its libraries."""
-        operands = len(self.sources) + 2
-        ring = self.threads * operands * (self.tile_bytes + 4096 + 64)
-        return ring + BOOKKEEPING_BYTES * operands * len(self._matches)
+        computed = (
+            sum(i.scratch_bytes(self.tile_bytes) for i in row.inputs if _computes(i))
+            for row in self.rows
+        )
+        rows, row_bytes = self.ring_shape
+        per_thread = rows * row_bytes + max(computed, default=0)
+        shared = 0
+        for run in self._method_runs():
+            assert run.method is not None
+            memory = run.method.memory(run.recipe)
+            shared = max(shared, memory.shared_bytes + self.threads * memory.thread_bytes)
+        bookkeeping = BOOKKEEPING_BYTES * rows * len(self.rows)
+        # A job's last tiles overlap the next one's first: two statistics may be held at once.
+        return self.threads * per_thread + 2 * shared + bookkeeping
+
+    @property
+    def ring_shape(self) -> tuple[int, int]:
+        """(operands and the output, bytes of each) of a thread's buffers."""
+        rows = max((len(treatment.checkpoints) for treatment in self.treatments), default=1) + 1
+        widths = (run.tile_elems(self.tile_bytes) * run.widest for run in self._method_runs())
+        return rows, max([self.tile_bytes, *widths]) + 4096 + 64
+
+    def _method_runs(self) -> list[Run]:
+        """The runs that the fused linear kernel does not do."""
+        if all(treatment.method in JOINED for treatment in self.treatments):
+            return []
+        return [run for run in self.runs() if run.method is not None]
 
     def facts(self) -> dict[str, Any]:
         """What running the plan reads, writes and needs, as plain data."""
-        read = 0
-        for stretch in self.runs():
-            pieces = (stretch.base, *(piece for _, piece in stretch.sources))
-            read += stretch.elems * sum(piece.dtype.itemsize for piece in pieces)
+        runs = self.runs()
+        read = sum(run.elems * sum(o.read_bytes_per_elem for o in run.operands) for run in runs)
         return {
             "formula": " + ".join(
                 ["base", *(f"{s.weight:g}*({s.name})" for s in self.recipe.sources if s.weight)]
             ),
-            "tensors": len(self._matches),
+            "tensors": len(self.rows),
             "files": [shard.name for shard in self.shards],
-            "read_bytes": read,
+            "read_bytes": int(read),
             "write_bytes": sum(shard.size for shard in self.shards),
             "memory_bytes": self.projected_mem_bytes,
             "tile_bytes": self.tile_bytes,
@@ -158,7 +156,8 @@ class Plan:
         """The same plan with new weights by source name; sources not named keep theirs.
 
         Raises:
-            RecipeError: for an unknown name or a weight that is not finite.
+            RecipeError: for an unknown name, a weight that is not finite, or a source that was left
+                unopened.
         """
         known = [source.name for source in self.recipe.sources]
         unknown = sorted(set(weights) - set(known))
@@ -169,35 +168,24 @@ class Plan:
                 todo=f"sources are {', '.join(known)}",
             )
         sources = [
-            Source(s.name, s.model, float(weights.get(s.name, s.weight)), s.revision)
+            msgspec.structs.replace(s, weight=float(weights.get(s.name, s.weight)))
             for s in self.recipe.sources
         ]
-        recipe = Recipe(
-            self.recipe.base,
-            sources,
-            self.recipe.base_revision,
-            self.recipe.out_dtype,
-            self.recipe.max_shard_size,
-        )
-        return replace(self, recipe=recipe)
+        for source, checkpoint in zip(sources, self.sources, strict=True):
+            if source.weight and checkpoint is None:
+                raise RecipeError(
+                    "was not opened, since its weight was 0",
+                    where=f"source {source.name!r}",
+                    todo="plan with every_source=True",
+                )
+        recipe = msgspec.structs.replace(self.recipe, sources=sources)
+        return replace(self, recipe=recipe, treatments=(fold(_treatment(recipe)),))
 
     def runs(self) -> list[Run]:
         """The whole output as runs, in file order; sources of weight 0 are not read."""
-        active = [i for i, weight in enumerate(self.weights) if weight != 0]
-        runs: list[Run] = []
-        group: list[Match] = []
-        layout: list[tuple[Any, ...]] = []
-        ends: list[int] = []
-        for match in self._matches:
-            operands = match.operands(active)
-            here = [(number, info.file, info.dtype) for number, info in operands]
-            if group and (here != layout or [info.offset for _, info in operands] != ends):
-                runs.append(_run(group, active))
-                group = []
-            group.append(match)
-            layout = here
-            ends = [info.offset + info.nbytes for _, info in operands]
-        return [*runs, _run(group, active)] if group else runs
+        own = set(self.own_shards)
+        rows = [row for row in self.rows if row.out.file in own] if self.part[1] > 1 else self.rows
+        return join(rows, self.treatments, self.checkpoints)
 
     def run(
         self, sink: Sink, *, threads: int | None = None, callbacks: Sequence[Callback] = ()
@@ -209,8 +197,9 @@ class Plan:
 
     def close(self) -> None:
         """Close the checkpoints' files."""
-        for checkpoint in (self.base, *self.sources):
-            checkpoint.close()
+        for checkpoint in self.checkpoints:
+            if checkpoint is not None:
+                checkpoint.close()
 
 
 def plan(
@@ -218,6 +207,9 @@ def plan(
     *,
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
+    every_source: bool = True,
+    part: tuple[int, int] = (1, 1),
+    backend: Backend = "pread",
 ) -> Plan:
     """Resolve a recipe: open every checkpoint, check that they fit, lay out the output.
 
@@ -225,6 +217,9 @@ def plan(
         recipe: a Recipe, a mapping, or the path of a YAML file.
         mem_limit: bytes the run may add to the interpreter; tiles shrink to fit.
         threads: default one per available core.
+        part: (i, n): plan only the i-th of n parts of the output, counted from 1.
+        backend: how the inputs are read, see `checkpoint`.
+        every_source: also open sources of weight 0, which `with_weights` may turn on.
 
     Raises:
         RecipeError, CheckpointError: what was written, or a checkpoint, is unusable.
@@ -232,14 +227,50 @@ def plan(
         MemoryLimitError: when not even small tiles fit.
     """
     recipe = Recipe.load(recipe)
-    base = Checkpoint.open(locate(recipe.base, recipe.base_revision))
-    sources = tuple(Checkpoint.open(locate(s.model, s.revision)) for s in recipe.sources)
+    if not 1 <= part[0] <= part[1]:
+        raise RecipeError(
+            f"{part[0]}/{part[1]} is no part", where="part", todo="write 1/4, 2/4, 3/4 or 4/4"
+        )
+    base = Checkpoint.open(locate(recipe.base, recipe.base_revision), backend=backend)
+    _require_model(base, recipe.base)
+    sources = tuple(
+        Checkpoint.open(locate(source.model, source.revision), backend=backend)
+        if every_source or source.weight
+        else None
+        for source in recipe.sources
+    )
     names = [source.name for source in recipe.sources]
-    if base.kind == VECTOR:
-        raise MismatchError("is a distribution vector, not a model", where=recipe.base)
     out_dtype = DType.parse(recipe.out_dtype) if recipe.out_dtype else None
-    matches, warnings = align(base, list(zip(names, sources, strict=True)), out_dtype)
-    return _finish(recipe, base, sources, matches, warnings, mem_limit, threads, {"format": "pt"})
+    rows, warnings = align(base, list(zip(names, sources, strict=True)), out_dtype)
+    unfolded = _treatment(recipe)
+    treatment = fold(unfolded)
+    made = Plan(
+        recipe,
+        (base, *sources),
+        ("base", *names),
+        (treatment,),
+        tuple(anchored(row, treatment, unfolded) for row in rows),
+        lay_out((row.out for row in rows), parse_bytes(recipe.max_shard_size), MODEL, _FROM_TORCH),
+        threads or available_cores(),
+        TILE_BYTES,
+        warnings=tuple(warnings),
+        part=part,
+    )
+    return _fit(_placed(made), mem_limit)
+
+
+_FROM_TORCH = {"format": "pt"}
+
+
+def _treatment(recipe: Recipe) -> Treatment:
+    """The recipe's method over the base (checkpoint 0) and the sources (1, 2, ...)."""
+    method = methods.get(recipe.method)
+    given = []
+    for source in recipe.sources:
+        weight = {"weight": source.weight} if "weight" in method.parameters else {}
+        given.append({**weight, **source.parameters})
+    settings = method.settings(recipe.parameters, given)
+    return Treatment(recipe.method, settings, tuple(range(len(given) + 1)), method.skips_zero)
 
 
 def plan_difference(
@@ -259,47 +290,49 @@ def plan_difference(
     recipe = Recipe(str(base), [Source("trained", str(trained))], out_dtype=dtype)
     opened = Checkpoint.open(locate(recipe.base)), Checkpoint.open(locate(str(trained)))
     for checkpoint, name in zip(opened, (base, trained), strict=True):
-        if checkpoint.kind == VECTOR:
-            raise MismatchError(
-                "is a distribution vector already, expected a model", where=str(name)
-            )
-    matches, warnings = align(opened[0], [("trained", opened[1])], DType.parse(dtype))
-    kept = [match for match in matches if match.base.dtype.mergeable]
+        _require_model(checkpoint, str(name))
+    rows, warnings = align(opened[0], [("trained", opened[1])], DType.parse(dtype))
+    kept = tuple(row for row in rows if row.out.dtype.mergeable)
     header = {
         **(metadata or {}),
-        "format": "pt",
+        **_FROM_TORCH,
         "kind": VECTOR,
         "base_fingerprint": opened[0].fingerprint,
     }
-    made = _finish(
-        recipe, opened[0], opened[1:], kept, warnings, mem_limit, threads, header, VECTOR
+    made = Plan(
+        recipe,
+        opened,
+        ("base", "trained"),
+        (Treatment(DIFFERENCE, Settings.of({}, [{"weight": 1.0}]), (0, 1)),),
+        kept,
+        lay_out((row.out for row in kept), parse_bytes(recipe.max_shard_size), VECTOR, header),
+        threads or available_cores(),
+        TILE_BYTES,
+        VECTOR,
+        tuple(warnings),
     )
-    return replace(made, add_base=False)
+    return _fit(_placed(made), mem_limit)
 
 
-def _finish(
-    recipe: Recipe,
-    base: Checkpoint,
-    sources: tuple[Checkpoint, ...],
-    matches: list[Match],
-    warnings: list[str],
-    mem_limit: int | str,
-    threads: int | None,
-    metadata: dict[str, str],
-    kind: str = MODEL,
-) -> Plan:
-    """Lay out the shards and fit the tiles into the memory limit."""
-    shards = _lay_out(matches, parse_bytes(recipe.max_shard_size), kind, metadata)
-    by_name = {match.out.name: match for match in matches}
-    placed = tuple(
+def _require_model(checkpoint: Checkpoint, name: str) -> None:
+    what = {VECTOR: "a distribution vector", ADAPTER: "a LoRA adapter"}.get(checkpoint.kind)
+    if what:
+        raise MismatchError(f"is {what}, not a model", where=name)
+
+
+def _placed(made: Plan) -> Plan:
+    """The rows in the shards' order, each knowing its output's place."""
+    by_name = {row.out.name: row for row in made.rows}
+    rows = (
         msgspec.structs.replace(by_name[info.name], out=info)
-        for shard in shards
+        for shard in made.shards
         for info in shard.tensors
     )
-    threads = threads or available_cores()
-    made = Plan(
-        recipe, base, sources, shards, threads, TILE_BYTES, True, kind, tuple(warnings), placed
-    )
+    return replace(made, rows=tuple(rows))
+
+
+def _fit(made: Plan, mem_limit: int | str) -> Plan:
+    """The plan with tiles that keep it within the limit."""
     limit = parse_bytes(mem_limit)
     while made.projected_mem_bytes > limit:
         if made.tile_bytes // 2 < MIN_TILE_BYTES:
@@ -313,45 +346,12 @@ def _finish(
     return made
 
 
+def _computes(given: TensorInfo | Operand | None) -> TypeGuard[Operand]:
+    return given is not None and type(given) is not TensorInfo
+
+
 def available_cores() -> int:
     """Cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _lay_out(
-    matches: Iterable[Match], max_bytes: int, kind: str, metadata: dict[str, str]
-) -> tuple[Shard, ...]:
-    """Fill shards in the base's file order, named as `save_pretrained` names them."""
-    groups: list[list[TensorInfo]] = [[]]
-    filled = 0
-    for match in matches:
-        if groups[-1] and filled + match.out.nbytes > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(match.out)
-        filled += match.out.nbytes
-    shards = []
-    for number, group in enumerate(groups):
-        header, tensors = place(group, metadata, number)
-        name = f"{kind}-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        size = len(header) + sum(info.nbytes for info in tensors)
-        shards.append(
-            Shard(name if len(groups) > 1 else f"{kind}.safetensors", header, size, tuple(tensors))
-        )
-    return tuple(shards)
-
-
-def _run(group: list[Match], active: list[int]) -> Run:
-    starts, elems = [], 0
-    for match in group:
-        starts.append(elems)
-        elems += match.out.elems
-    (_, base), (_, out), *sources = (
-        (number, Piece(info.file, info.offset, info.dtype))
-        for number, info in group[0].operands(active)
-    )
-    copied = not base.dtype.mergeable or (not sources and out.dtype == base.dtype)
-    tensors = tuple(match.out for match in group)
-    return Run(tensors, tuple(starts), elems, base, tuple(sources), out, copied)

@@ -4,6 +4,8 @@
     sources:
       - {name: ja,   model: runs/ja/vector, weight: 0.4}
       - {name: math, model: org/math-cpt,   weight: 0.25}
+    method: ties                    # default task_arithmetic; `docs/methods.md` lists them all
+    parameters: {density: 0.5}      # of the method, for all sources; a source may have its own
     out_dtype: bfloat16             # default: as the base has it, tensor by tensor
     max_shard_size: 5GB             # default
 
@@ -39,12 +41,14 @@ class Source(msgspec.Struct, forbid_unknown_fields=True):
         model: a folder, or `org/name` on the Hub; a full checkpoint or a distribution vector.
         weight: finite coefficient of its delta; not normalised. 0 leaves the source unread.
         revision: branch, tag or commit on the Hub.
+        parameters: of the recipe's method, for this source alone, such as {"density": 0.3}.
     """
 
     name: str
     model: str
     weight: float = 1.0
     revision: str | None = None
+    parameters: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -58,7 +62,7 @@ class Source(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Recipe(msgspec.Struct, forbid_unknown_fields=True):
-    """theta_base + sum_i w_i * tau_i, as a user asks for it; nothing is looked up yet.
+    """theta_base + sum_i w_i * tau_i, or another method, as a user asks for it, not looked up yet.
 
     Attributes:
         base: folder or Hub id of the checkpoint that all is added to.
@@ -66,6 +70,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         base_revision: branch, tag or commit of the base on the Hub.
         out_dtype: dtype of the merged floating-point tensors; None keeps the base's.
         max_shard_size: bytes of tensor data per output file, an int or text such as "5GB".
+        method: a name in `optimer_engine.methods`; `parameters`: its settings.
     """
 
     base: str
@@ -73,6 +78,8 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     base_revision: str | None = None
     out_dtype: str | None = None
     max_shard_size: int | str = "5GB"
+    method: str = "task_arithmetic"
+    parameters: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -109,18 +116,20 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data in canonical key order, without keys that keep their default None."""
+        """Plain data in canonical key order, without keys that are empty or None."""
         data = msgspec.to_builtins(self)
-        data["sources"] = [_without_none(source) for source in data["sources"]]
-        return _without_none(data)
+        data["sources"] = [_without_empty(source) for source in data["sources"]]
+        if self.method == "task_arithmetic":
+            del data["method"]
+        return _without_empty(data)
 
     def fingerprint(self) -> str:
         """sha256 (hex) of the canonical text."""
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()
 
 
-def _without_none(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if value is not None}
+def _without_empty(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value is not None and value != {}}
 
 
 def read_config(path: str | Path, type_: type[T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Report(msgspec.Struct, kw_only=True):
         projected_mem_bytes: the bound the plan gave for the engine's own buffers.
         peak_mem_bytes: largest resident size of the whole process so far, as the system saw it.
         warnings: what was noticed and not refused.
+        part: "i/n" for one part of a merge that n runs share, whose last one publishes.
         files: ranges and hashes that cover every file of the output but report.json itself.
         versions: of this package, Python and the libraries that touched the numbers.
     """
@@ -34,6 +36,7 @@ class Report(msgspec.Struct, kw_only=True):
     recipe_fingerprint: str
     fingerprints: dict[str, str]
     out: str | None = None
+    part: str | None = None
     tensors: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
@@ -49,6 +52,19 @@ class Report(msgspec.Struct, kw_only=True):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return msgspec.to_builtins(self)
+
+
+def combined(parts: Sequence[Report]) -> Report:
+    """One report of all parts of a merge: sums, the slowest part's time, the largest memory."""
+    return msgspec.structs.replace(
+        parts[0],
+        part=None,
+        bytes_read=sum(part.bytes_read for part in parts),
+        bytes_written=sum(part.bytes_written for part in parts),
+        wall_s=max(part.wall_s for part in parts),
+        peak_mem_bytes=max(part.peak_mem_bytes for part in parts),
+        files={name: digests for part in parts for name, digests in part.files.items()},
+    )
 
 
 def peak_mem_bytes() -> int:

@@ -14,7 +14,8 @@ import numpy as np
 
 from optimer_engine import ops
 from optimer_engine.errors import MismatchError, quoted
-from optimer_engine.planner import Plan, Run
+from optimer_engine.planner import Plan
+from optimer_engine.runs import Run
 from optimer_engine.types import TensorInfo
 
 if TYPE_CHECKING:
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
 
 
 class Sink:
-    """Takes the tiles of a run, from several threads at once, in any order."""
+    """Takes the tiles of a run, from several threads at once, in any order.
+
+    Attributes:
+        copies: whether `copy_run` is there to take unchanged tensors as bytes of a file.
+    """
+
+    copies = False
 
     def open(self, plan: Plan) -> None:
         """Check and prepare; called before the first tile."""
@@ -42,6 +49,10 @@ class Sink:
         """Take a tile of a run; by default cut into its tensors' parts."""
         for info, first, low, high in run.parts(start, start + tile.size):
             self.write(info, first, tile[low - start : high - start])
+
+    def copy_run(self, run: Run, start: int, stop: int, fd: int, offset: int) -> None:
+        """Take elements start..stop of a run from byte `offset` of an open file."""
+        raise NotImplementedError
 
     def settle(self) -> None:
         """Called again and again on a thread of its own while tiles come in."""

@@ -18,9 +18,10 @@ from optimer_engine.engine import run
 from optimer_engine.errors import CheckpointError
 from optimer_engine.events import Callback
 from optimer_engine.journal import hash_range
-from optimer_engine.planner import Plan, Run, plan, plan_difference
+from optimer_engine.planner import Plan, plan, plan_difference
 from optimer_engine.recipe import Recipe, decode
 from optimer_engine.report import Report
+from optimer_engine.runs import Run
 from optimer_engine.sink import Sink
 
 

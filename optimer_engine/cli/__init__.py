@@ -1,13 +1,15 @@
 """The command line: parse, call the library, print. Each command's module loads when it is called.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 bad input, 3 the output
-cannot be written, 130 interrupted.
+cannot be written, 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from types import FrameType
 
 import click
 
@@ -55,8 +57,27 @@ def optimer(ctx: click.Context, debug: bool) -> None:
     ctx.obj = debug
 
 
+class _Stopped(SystemExit):
+    """A signal asked the program to end (a KeyboardInterrupt would become click's Abort)."""
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    """Unwind, so that what is whole is kept; a second signal ends the process at once."""
+    for name in _SIGNALS:
+        signal.signal(name, signal.SIG_DFL)
+    raise _Stopped(128 + number)
+
+
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
 def main() -> None:
     """Entry point of the `optimer` program."""
+    for name in _SIGNALS:
+        if signal.getsignal(name) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(name, _stop)
     debug = "--debug" in sys.argv[1:]
     try:
         optimer(standalone_mode=False)
@@ -68,6 +89,6 @@ def main() -> None:
             raise
         click.echo(f"optimer: {error}", err=True)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("optimer: interrupted; the same command continues where it stopped", err=True)
-        sys.exit(130)
+    except (_Stopped, KeyboardInterrupt, click.Abort) as error:
+        click.echo("optimer: interrupted; run the same command to continue", err=True)
+        sys.exit(error.code if isinstance(error, _Stopped) else 130)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from optimer_engine.cli.output import emit, json_option
 from optimer_engine.errors import RecipeError
 from optimer_engine.types import format_bytes
+
+if TYPE_CHECKING:
+    from optimer_engine.checkpoint import Backend
 
 
 @click.command(name="merge")
@@ -26,6 +30,17 @@ from optimer_engine.types import format_bytes
 @click.option("--max-shard-size", metavar="SIZE", help="Per file; default 5GB.")
 @click.option("--discard", is_flag=True, help="Start afresh; default: continue if interrupted.")
 @click.option("--mem-limit", default="512MiB", show_default=True, help="Beyond the interpreter.")
+@click.option(
+    "--read-backend",
+    type=click.Choice(["pread", "mmap"]),
+    default="pread",
+    show_default=True,
+    help="How inputs are read; the bits are the same.",
+)
+@click.option("--part", metavar="I/N", help="Make only the I-th of N parts; the last publishes.")
+@click.option(
+    "--dask-scheduler", metavar="ADDRESS", help="Spread the parts over its workers, e.g. tcp://…"
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one per core.")
 @json_option
 def command(
@@ -38,6 +53,9 @@ def command(
     discard: bool,
     mem_limit: str,
     threads: int | None,
+    read_backend: Backend,
+    part: str | None,
+    dask_scheduler: str | None,
     as_json: bool,
 ) -> None:
     """Merge a base and weighted sources into a new checkpoint.
@@ -68,24 +86,41 @@ def command(
         wanted = Recipe.load({"base": base, "sources": sources})
     wanted.out_dtype = out_dtype or wanted.out_dtype
     wanted.max_shard_size = max_shard_size or wanted.max_shard_size
-    report = merge(
-        wanted,
-        out,
-        discard=discard,
-        mem_limit=mem_limit,
-        threads=threads,
-        callbacks=[bar(f"merge {out.name}")],
-    )
+    options: dict[str, Any] = {
+        "discard": discard,
+        "mem_limit": mem_limit,
+        "threads": threads,
+        "backend": read_backend,
+    }
+    if dask_scheduler is not None:
+        if part is not None:
+            raise RecipeError("give --part or --dask-scheduler, not both", where="merge")
+        from optimer_engine.spread import merge_on_dask
+
+        report = merge_on_dask(wanted, out, dask_scheduler, **options)
+    else:
+        options["callbacks"] = [bar(f"merge {out.name}")]
+        report = merge(wanted, out, part=_part(part), **options)
     for warning in report.warnings:
         click.echo(f"optimer: warning: {warning}", err=True)
     moved = report.bytes_read + report.bytes_written
+    where = f"part {report.part} of {out}" if report.part else str(out)
     text = (
-        f"{out}: {report.tensors} tensors, {format_bytes(report.bytes_written)} written,"
+        f"{where}: {report.tensors} tensors, {format_bytes(report.bytes_written)} written,"
         f" {format_bytes(report.bytes_read)} read in {report.wall_s:.2f} s"
         f" ({moved / 1e9 / report.wall_s:.1f} GB/s), peak memory"
         f" {format_bytes(report.peak_mem_bytes)} for the whole process"
     )
     emit(report.to_dict(), text, as_json)
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise RecipeError(f"{text!r} is not I/N", where="--part", todo="write for example 2/4")
+    return int(number), int(count)
 
 
 def _source(text: str) -> dict[str, object]:

@@ -232,7 +232,7 @@ def test_folders_that_loaders_read_differently_are_refused(tmp_path):
     cases = [
         ({}, "no model.safetensors"),
         ({"pytorch_model__bin": b"x"}, "a pickle"),
-        ({"adapter_config__json": b"{}"}, "LoRA adapter"),
+        ({"adapter_model__bin": b"x", "adapter_config__json": b"{}"}, "a pickle"),
         ({"model__safetensors": good, index_name: index(w="model-1.safetensors")}, "both"),
         ({**shard, index_name: index(w="../model-1.safetensors")}, "not a plain file name"),
         ({**shard, index_name: index(w="/etc/passwd")}, "not a plain file name"),

@@ -97,23 +97,43 @@ def test_help_lists_every_command_and_version_is_printed():
     assert CliRunner().invoke(optimer, ["--version"]).output.strip().endswith(__version__)
 
 
-def test_an_interrupt_leaves_nothing_and_exits_with_130(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGKILL", -9)]
+)
+def test_a_signal_ends_the_merge_and_the_same_command_continues(folders, tmp_path, name, code):
     base, ja = folders
-    code = f"""
-import optimer_engine.engine as engine
+    arguments = ["merge", "--base", base, "--add", f"{ja}=1", "-o", "m", "--max-shard-size", "2kB"]
+    script = f"""
+import os, signal, sys, threading
+import optimer_engine.shard_file as shard_file
+from optimer_engine import FolderSink
 from optimer_engine.cli import main
-import sys
-def interrupted(self, tile, ring): raise KeyboardInterrupt
-engine._Execution._merge = interrupted
-sys.argv = ["optimer", "merge", "--base", {str(base)!r}, "--add", {str(ja) + "=1"!r}, "-o", "m"]
+write, written = FolderSink.write_run, 0
+def signalled(self, run, start, tile):
+    global written
+    write(self, run, start, tile)
+    self._settle(1)
+    written += 1
+    if written == 3:
+        os.kill(os.getpid(), signal.{name})
+        threading.Event().wait(0.2)
+FolderSink.write_run = signalled
+FolderSink.settle = lambda self: None
+sys.argv = ["optimer", *{[str(a) for a in arguments]!r}, "--threads", "1"]
 main()
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 130, done.stderr
-    assert "interrupted" in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "ja"]
+    assert done.returncode == code, done.stderr
+    if code > 0:
+        assert done.stderr == "optimer: interrupted; run the same command to continue\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "ja", "m.partial"]
+    done = program(*arguments, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["bytes_read"] < 2 * report["bytes_written"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "ja", "m"]
 
 
 def test_merged_checkpoints_load_and_run_in_transformers(tmp_path):

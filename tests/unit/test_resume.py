@@ -95,7 +95,7 @@ def test_what_was_damaged_meanwhile_is_made_again(recipe, tmp_path, damage):
     merge(recipe, tmp_path / "whole")
     run_until(recipe, tmp_path / "out", 3, KeyboardInterrupt())
     partial = tmp_path / "out.partial"
-    journal = partial / folder_sink.JOURNAL
+    journal = partial / "merge.journal"
     shard = sorted(partial.glob("*.safetensors"))[0]
     if damage == "data":
         content = bytearray(shard.read_bytes())

@@ -1,0 +1,185 @@
+"""LoRA adapters as sources: the low-rank product is formed tile by tile and never as a whole.
+
+A PEFT folder holds adapter_config.json and adapter_model.safetensors. For a linear layer of weight
+W [out, in] the delta is scale * B A with A [r, in] and B [out, r] (LoRA, arXiv 2106.09685); scale
+is alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732). Tensors that were trained
+whole (`modules_to_save`, biases) are models' tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from typing import Any
+
+import numpy as np
+
+from optimer_engine.checkpoint import Checkpoint
+from optimer_engine.errors import CheckpointError, MismatchError, quoted
+from optimer_engine.types import DType, TensorInfo
+
+BLOCK_ROWS = 16
+"""Products are formed in blocks of this many rows counted from the first one, so that an element's
+bits do not depend on how the tensor was cut into tiles."""
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+_REFUSED = {
+    "use_dora": "DoRA scales columns of the merged weight, which no sum of deltas can express",
+    "use_qalora": "QALoRA adapts quantised groups",
+    "alora_invocation_tokens": "an activated LoRA applies to some tokens only",
+    "lora_bias": "its bias is not part of a low-rank product",
+    "megatron_config": "its factors are split over Megatron's ranks",
+    "trainable_token_indices": "its token rows are stored apart",
+}
+
+
+class LowRank:
+    """An operand: scale * (left @ right), rows of `left` against columns of `right`.
+
+    Args:
+        left: stored factor [rows, r] of `left_dtype`; a transposed view where PEFT has it so.
+        right: the other factor, [r, columns].
+    """
+
+    dtype, is_delta = DType.F32, True
+
+    def __init__(self, left: np.ndarray, left_dtype: DType, right: _Factor, scale: float) -> None:
+        self.left, self.left_dtype, self.right, self.scale = left, left_dtype, right, scale
+        self.shape = (left.shape[0], right.stored.shape[1])
+        self.elems = self.shape[0] * self.shape[1]
+        rank = left.shape[1]
+        self.read_bytes_per_elem = left.itemsize * rank * sum(self.shape) / max(1, self.elems)
+
+    def read(
+        self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None
+    ) -> np.ndarray:
+        """fp32 deltas start..stop; see `operands.Operand`."""
+        rows, columns = self.shape
+        out = buffer[: (stop - start) * 4].view(np.float32)
+        right = self.right.values()
+        first = start // columns // BLOCK_ROWS * BLOCK_ROWS
+        for top in range(first, -(-stop // columns), BLOCK_ROWS):
+            bottom = min(top + BLOCK_ROWS, rows)
+            left = _upcast(self.left[top:bottom], self.left_dtype)
+            block = (np.float32(self.scale) * (left @ right)).reshape(-1)
+            low, high = max(start, top * columns), min(stop, bottom * columns)
+            out[low - start : high - start] = block[low - top * columns : high - top * columns]
+        return out
+
+    def scratch_bytes(self, elems: int) -> int:
+        """The right factor in fp32 and two blocks of the product."""
+        return 4 * self.shape[1] * (self.left.shape[1] + 2 * BLOCK_ROWS)
+
+
+class _Factor:
+    """A factor upcast to fp32 once, while the tiles of its tensor come; one per adapter is kept."""
+
+    def __init__(self, stored: np.ndarray, dtype: DType, kept: _Kept) -> None:
+        self.stored, self.dtype, self.kept = stored, dtype, kept
+
+    def values(self) -> np.ndarray:
+        return self.kept.get(self)
+
+
+class _Kept:
+    """The two factors used last: neighbouring tensors may be under way at once."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.recent: list[tuple[_Factor, np.ndarray]] = []
+
+    def get(self, factor: _Factor) -> np.ndarray:
+        with self.lock:
+            for known, values in self.recent:
+                if known is factor:
+                    return values
+            values = np.ascontiguousarray(_upcast(factor.stored, factor.dtype))
+            self.recent = [*self.recent[-1:], (factor, values)]
+            return values
+
+
+def adapter_tensors(adapter: Checkpoint) -> dict[str, TensorInfo | LowRank]:
+    """What an adapter gives for each tensor of its base, by the base's names.
+
+    Args:
+        adapter: an opened folder of kind "adapter_model".
+
+    Raises:
+        CheckpointError: for a kind of adapter that is not a sum of low-rank deltas, or factors that
+            do not fit each other.
+    """
+    config = adapter.config
+    where = str(adapter.folder)
+    if config.get("peft_type", "LORA") != "LORA":
+        raise CheckpointError(
+            f"peft_type is {config['peft_type']!r}; LORA expected", where=where, todo=_MERGE_FIRST
+        )
+    for key, why in _REFUSED.items():
+        if config.get(key):
+            raise CheckpointError(f"has {key}: {why}", where=where, todo=_MERGE_FIRST)
+    found: dict[str, TensorInfo | LowRank] = {}
+    factors: dict[tuple[str, bool], dict[str, TensorInfo]] = {}
+    for name, info in adapter.tensors.items():
+        plain = name.removeprefix(_PREFIX)
+        match = _FACTOR.fullmatch(plain)
+        if match:
+            factors.setdefault((match[1], bool(match[2])), {})[match[3]] = info
+        else:
+            found[plain.replace(".modules_to_save.default", "").replace(".base_layer", "")] = info
+    kept = _Kept()
+    for (module, is_embedding), pair in factors.items():
+        if set(pair) != {"A", "B"}:
+            raise CheckpointError(
+                f"{quoted(module)} has factor {', '.join(pair)} alone", where=where
+            )
+        found[f"{module}.weight"] = _low_rank(adapter, module, pair, is_embedding, kept)
+    return found
+
+
+_MERGE_FIRST = "merge it into its base first with PEFT's merge_and_unload"
+
+
+def _low_rank(
+    adapter: Checkpoint, module: str, pair: dict[str, TensorInfo], is_embedding: bool, kept: _Kept
+) -> LowRank:
+    config, (a, b) = adapter.config, (pair["A"], pair["B"])
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise CheckpointError(
+            f"{quoted(module)}: factors A {list(a.shape)} and B {list(b.shape)} are not [r, in] and"
+            " [out, r]",
+            where=str(adapter.folder),
+            todo=_MERGE_FIRST,
+        )
+    rank = a.shape[0]
+    alpha = float(_by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8)))
+    expected = int(_by_pattern(config, "rank_pattern", module, config.get("r", rank)))
+    if rank != expected or not rank:
+        raise CheckpointError(
+            f"{quoted(module)} has rank {rank}, adapter_config.json says {expected}",
+            where=str(adapter.folder),
+        )
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    view_a, view_b = adapter.view(a.name), adapter.view(b.name)
+    if is_embedding or config.get("fan_in_fan_out"):  # the weight is stored as [in, out]
+        return LowRank(view_a.T, a.dtype, _Factor(view_b.T, b.dtype, kept), scale)
+    return LowRank(view_b, b.dtype, _Factor(view_a, a.dtype, kept), scale)
+
+
+def _by_pattern(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that is the module's name or a dotted end of it."""
+    for pattern, value in (config.get(key) or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+def _upcast(stored: np.ndarray, dtype: DType) -> np.ndarray:
+    if dtype is DType.BF16:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype is DType.F16:
+        return np.ascontiguousarray(stored).view(np.float16).astype(np.float32)
+    if dtype in (DType.F32, DType.F64):
+        return stored.astype(np.float32)
+    raise MismatchError(f"a factor is {dtype.code}; floating point expected", where="adapter")

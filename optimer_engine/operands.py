@@ -1,0 +1,82 @@
+"""What the engine reads: one input of one output tensor, as a flat range of elements.
+
+An operand knows where its numbers come from; the engine only asks for elements start..stop. The
+plain case is a tensor as it lies in a file. Others compute their elements tile by tile and never as
+a whole: see `adapter` for LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from optimer_engine.types import DType, TensorInfo
+
+if TYPE_CHECKING:
+    from optimer_engine.checkpoint import Checkpoint
+
+
+class Operand(Protocol):
+    """One input tensor, or a run of tensors that adjoin in its file."""
+
+    @property
+    def dtype(self) -> DType:
+        """Of the elements that `read` gives."""
+        ...
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether they are a distribution vector's (tau) or a model's (theta)."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor; of the first one, for a run."""
+        ...
+
+    @property
+    def read_bytes_per_elem(self) -> float:
+        """Bytes of the source behind one element, for projections."""
+
+    def read(
+        self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None
+    ) -> np.ndarray:
+        """Elements start..stop, flat, in `dtype.storage`.
+
+        Args:
+            buffer: uint8 scratch of at least (stop - start) * dtype.itemsize bytes, which the
+                result may use; the result is valid until the buffer's next use.
+            base: the base's elements of the same range, for formats that store a distance to it.
+        """
+        ...
+
+    def scratch_bytes(self, elems: int) -> int:
+        """Memory that reading `elems` elements takes beside the buffer."""
+        ...
+
+
+class Stored:
+    """Elements as they lie in a file, from byte `offset` of file number `file`."""
+
+    __slots__ = (
+        "checkpoint", "dtype", "file", "is_delta", "offset", "read_bytes_per_elem", "shape",
+    )  # fmt: skip
+
+    def __init__(self, checkpoint: Checkpoint, info: TensorInfo, is_delta: bool) -> None:
+        self.checkpoint, self.file, self.offset = checkpoint, info.file, info.offset
+        self.dtype, self.is_delta, self.shape = info.dtype, is_delta, info.shape
+        self.read_bytes_per_elem: float = info.dtype.itemsize
+
+    def read(
+        self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None
+    ) -> np.ndarray:
+        """See `Operand`; raises CheckpointError when the file fails or ends early."""
+        size = self.dtype.itemsize
+        return self.checkpoint.read_elems(
+            self.file, self.offset + start * size, (stop - start) * size, buffer
+        ).view(self.dtype.storage)
+
+    def scratch_bytes(self, elems: int) -> int:
+        """None."""
+        return 0
