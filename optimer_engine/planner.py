@@ -134,24 +134,6 @@ class Plan:
             return []
         return [run for run in self.runs() if run.method is not None]
 
-    def facts(self) -> dict[str, Any]:
-        """What running the plan reads, writes and needs, as plain data."""
-        runs = self.runs()
-        read = sum(run.elems * sum(o.read_bytes_per_elem for o in run.operands) for run in runs)
-        return {
-            "formula": " + ".join(
-                ["base", *(f"{s.weight:g}*({s.name})" for s in self.recipe.sources if s.weight)]
-            ),
-            "tensors": len(self.rows),
-            "files": [shard.name for shard in self.shards],
-            "read_bytes": int(read),
-            "write_bytes": sum(shard.size for shard in self.shards),
-            "memory_bytes": self.projected_mem_bytes,
-            "tile_bytes": self.tile_bytes,
-            "threads": self.threads,
-            "warnings": list(self.warnings),
-        }
-
     def with_weights(self, weights: Mapping[str, float]) -> Plan:
         """The same plan with new weights by source name; sources not named keep theirs.
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder.")
 @click.option("--out-dtype", metavar="DTYPE", help="E.g. float32; default: the base's.")
 @click.option("--max-shard-size", metavar="SIZE", help="Per file; default 5GB.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--discard", is_flag=True, help="Start afresh; default: continue if interrupted.")
 @click.option("--mem-limit", default="512MiB", show_default=True, help="Beyond the interpreter.")
 @click.option(
@@ -50,6 +51,7 @@ def command(
     out: Path,
     out_dtype: str | None,
     max_shard_size: str | None,
+    dry_run: bool,
     discard: bool,
     mem_limit: str,
     threads: int | None,
@@ -68,6 +70,7 @@ def command(
       optimer merge --base org/base --add org/ja=0.4 --add runs/math/vector=0.25 -o merged
     """
     from optimer_engine.engine import merge
+    from optimer_engine.planner import plan
     from optimer_engine.progress import bar
     from optimer_engine.recipe import Recipe
 
@@ -86,6 +89,12 @@ def command(
         wanted = Recipe.load({"base": base, "sources": sources})
     wanted.out_dtype = out_dtype or wanted.out_dtype
     wanted.max_shard_size = max_shard_size or wanted.max_shard_size
+    if dry_run:
+        from optimer_engine.cli.plan import explanation
+        from optimer_engine.explain import facts
+
+        found = facts(plan(wanted, mem_limit=mem_limit, threads=threads, every_source=False))
+        return emit(found, explanation(found), as_json)
     options: dict[str, Any] = {
         "discard": discard,
         "mem_limit": mem_limit,

@@ -25,21 +25,35 @@ def command(recipe: Path, mem_limit: str, threads: int | None, as_json: bool) ->
     Example:
       optimer plan recipe.yaml
     """
+    from optimer_engine.explain import facts
     from optimer_engine.planner import plan
 
-    made = plan(recipe, mem_limit=mem_limit, threads=threads)
-    facts: dict[str, Any] = made.facts()
-    emit(
-        facts,
-        "\n".join(
-            f"{key.removesuffix('_bytes').replace('_', ' '):>14}: {_shown(key, value)}"
-            for key, value in facts.items()
-        ),
-        as_json,
-    )
+    made = plan(recipe, mem_limit=mem_limit, threads=threads, every_source=False)
+    found = facts(made)
+    emit(found, explanation(found), as_json)
+
+
+def explanation(found: dict[str, Any]) -> str:
+    """The facts of a plan as lines of text."""
+    lines = [
+        f"{key.removesuffix('_bytes').replace('_', ' '):>14}: {_shown(key, value)}"
+        for key, value in found.items()
+        if key != "groups"
+    ]
+    if len(found["groups"]) > 1:
+        lines += [
+            f"{group['tensors']} tensors, {format_bytes(group['read_bytes'])} in,"
+            f" {format_bytes(group['write_bytes'])} out: {group['formula']}"
+            for group in found["groups"]
+        ]
+    return "\n".join(lines)
 
 
 def _shown(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
         return format_bytes(value)
+    if key == "seconds":
+        return f"about {value:.3g}, from a sample of the inputs"
+    if key == "files" and len(value) > 3:
+        return f"{value[0]} ... {value[-1]}"
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from optimer_engine import extract, merge, plan
 from optimer_engine.cli import optimer
 from optimer_engine.errors import CheckpointError
+from optimer_engine.explain import facts
 from optimer_engine.verify import verify_output
 from tests.conftest import nearby, random_tensors
 
@@ -85,12 +86,17 @@ def test_plan_prints_what_the_merge_then_does(merged, tmp_path):
     recipe, out = merged
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     shown = CliRunner().invoke(optimer, ["plan", str(tmp_path / "recipe.yaml"), "--json"])
-    facts = json.loads(shown.output)
+    found = json.loads(shown.output)
+    dry = ["merge", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "x"), "--dry-run", "--json"]
+    assert json.loads(CliRunner().invoke(optimer, dry).output).keys() == found.keys()
+    assert not (tmp_path / "x").exists()
     report = json.loads((out / "report.json").read_text())
-    assert facts["read_bytes"] == report["bytes_read"]
-    assert facts["write_bytes"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
-    assert facts["memory_bytes"] == report["projected_mem_bytes"]
-    assert facts["formula"] == "base + 0.5*(ja)"
-    assert plan(recipe).with_weights({"ja": 0}).facts()["read_bytes"] < facts["read_bytes"]
+    assert found["read_bytes"] == report["bytes_read"]
+    assert found["write_bytes"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert found["memory_bytes"] == report["projected_mem_bytes"]
+    assert found["formula"] == "base + 0.5*(ja - base)"
+    assert found["disk_bytes"] == found["write_bytes"]
+    assert found["seconds"] >= 0
+    assert facts(plan(recipe).with_weights({"ja": 0}))["read_bytes"] < found["read_bytes"]
     text = CliRunner().invoke(optimer, ["plan", str(tmp_path / "recipe.yaml")]).output
     assert "memory" in text
