@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from benchmarks import kernel, merge
+from benchmarks import kernel, memory, merge
 
-CASES = {"kernel": kernel, "merge": merge}
+CASES = {"kernel": kernel, "memory": memory, "merge": merge}

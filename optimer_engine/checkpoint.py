@@ -228,7 +228,11 @@ class Checkpoint:
             return buffer[:size]
         mapped = self._map(file)
         behind = offset // RELEASE_BYTES * RELEASE_BYTES - RELEASE_BYTES
-        last = self._released.get(file, 0)
+        if file not in self._released:
+            for other in self._released:  # the engine goes from file to file
+                self._maps[other].madvise(mmap.MADV_DONTNEED)
+            self._released[file] = 0
+        last = self._released[file]
         if behind > last:
             # Dropped pages are read again if a slow thread still needs them.
             self._released[file] = behind
