@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from optimer_engine.checkpoint import Checkpoint
-from optimer_engine.errors import CheckpointError, MismatchError, quoted
+from optimer_engine.errors import CheckpointError, quoted
+from optimer_engine.operands import Stored, as_float
 from optimer_engine.types import DType, TensorInfo
 
 BLOCK_ROWS = 16
@@ -62,7 +63,7 @@ class LowRank:
         first = start // columns // BLOCK_ROWS * BLOCK_ROWS
         for top in range(first, -(-stop // columns), BLOCK_ROWS):
             bottom = min(top + BLOCK_ROWS, rows)
-            left = _upcast(self.left[top:bottom], self.left_dtype)
+            left = as_float(self.left[top:bottom], self.left_dtype)
             block = (np.float32(self.scale) * (left @ right)).reshape(-1)
             low, high = max(start, top * columns), min(stop, bottom * columns)
             out[low - start : high - start] = block[low - top * columns : high - top * columns]
@@ -71,6 +72,30 @@ class LowRank:
     def scratch_bytes(self, elems: int) -> int:
         """The right factor in fp32 and two blocks of the product."""
         return 4 * self.shape[1] * (self.left.shape[1] + 2 * BLOCK_ROWS)
+
+
+class Adapted:
+    """An operand: a model's tensor with a low-rank delta added, theta + tau, in fp32."""
+
+    dtype, is_delta = DType.F32, False
+
+    def __init__(self, model: Stored, delta: LowRank) -> None:
+        self.model, self.delta, self.shape = model, delta, model.shape
+        self.read_bytes_per_elem = model.read_bytes_per_elem + delta.read_bytes_per_elem
+
+    def read(
+        self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None
+    ) -> np.ndarray:
+        """fp32 elements start..stop; see `operands.Operand`."""
+        scratch = np.empty((stop - start) * self.model.dtype.itemsize, np.uint8)
+        stored = self.model.read(start, stop, scratch, base)
+        out = self.delta.read(start, stop, buffer, base)
+        out += as_float(stored, self.model.dtype)
+        return out
+
+    def scratch_bytes(self, elems: int) -> int:
+        """The tile as stored and as numbers, and the delta's own."""
+        return elems * (self.model.dtype.itemsize + 4) + self.delta.scratch_bytes(elems)
 
 
 class _Factor:
@@ -95,7 +120,7 @@ class _Kept:
             for known, values in self.recent:
                 if known is factor:
                     return values
-            values = np.ascontiguousarray(_upcast(factor.stored, factor.dtype))
+            values = np.ascontiguousarray(as_float(factor.stored, factor.dtype))
             self.recent = [*self.recent[-1:], (factor, values)]
             return values
 
@@ -173,13 +198,3 @@ def _by_pattern(config: dict[str, Any], key: str, module: str, default: Any) -> 
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return value
     return default
-
-
-def _upcast(stored: np.ndarray, dtype: DType) -> np.ndarray:
-    if dtype is DType.BF16:
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype is DType.F16:
-        return np.ascontiguousarray(stored).view(np.float16).astype(np.float32)
-    if dtype in (DType.F32, DType.F64):
-        return stored.astype(np.float32)
-    raise MismatchError(f"a factor is {dtype.code}; floating point expected", where="adapter")

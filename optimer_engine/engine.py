@@ -25,10 +25,11 @@ from optimer_engine.checkpoint import Backend
 from optimer_engine.errors import MismatchError, NonFiniteError, quoted
 from optimer_engine.events import Advanced, Callback, Event, Finished, Started
 from optimer_engine.folder_sink import FolderSink
+from optimer_engine.mergekit import MergekitConfig
 from optimer_engine.methods.protocol import Pass, Statistics
 from optimer_engine.operands import Stored
 from optimer_engine.planner import MEM_LIMIT, Plan, plan, plan_difference
-from optimer_engine.recipe import Recipe
+from optimer_engine.recipe import Recipe, fingerprint
 from optimer_engine.report import Report, peak_mem_bytes, versions
 from optimer_engine.runs import DIFFERENCE, Run
 from optimer_engine.sink import Sink
@@ -40,11 +41,12 @@ COPY_BYTES = 16 << 20
 
 
 def merge(
-    recipe: Recipe | Mapping[str, Any] | str | Path,
+    recipe: Recipe | MergekitConfig | Mapping[str, Any] | str | Path,
     out: str | Path,
     *,
     discard: bool = False,
     part: tuple[int, int] = (1, 1),
+    max_shard_size: int | str | None = None,
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
     backend: Backend = "pread",
@@ -56,11 +58,12 @@ def merge(
     call and ends with the same bytes.
 
     Args:
-        recipe: a Recipe, a mapping, or the path of a YAML file.
+        recipe: a Recipe, a mapping, or the path of a YAML file; mergekit's files work as well.
         out: must not exist, or be empty; appears only when it is complete.
         discard: start afresh instead of continuing.
         part: (i, n) to write only the i-th of n parts, counted from 1; n runs, on any machines that
             share the disk, make one output, and the one that ends last publishes it.
+        max_shard_size: bytes per output file, in place of the recipe's.
         backend: how inputs are read: "pread", or "mmap" (see `checkpoint`).
 
     Raises:
@@ -72,6 +75,7 @@ def merge(
         mem_limit=mem_limit,
         threads=threads,
         every_source=False,
+        max_shard_size=max_shard_size,
         part=part,
         backend=backend,
     )
@@ -371,15 +375,20 @@ def _read(run: Run, start: int, stop: int, ring: np.ndarray) -> list[np.ndarray]
     return tiles
 
 
+def _operation(made: Plan) -> str:
+    used = sorted({treatment.method for treatment in made.treatments})
+    return "base + sum_i w_i * tau_i" if used == ["task_arithmetic"] else ", ".join(used)
+
+
 def _report(made: Plan, bytes_read: int, wall_s: float) -> Report:
-    recipe = made.recipe
     extracted = any(treatment.method == DIFFERENCE for treatment in made.treatments)
     read = made.read_checkpoints.items()
     return Report(
-        operation="trained - base" if extracted else "base + sum_i w_i * tau_i",
-        recipe=recipe.to_dict(),
-        recipe_fingerprint=recipe.fingerprint(),
+        operation="trained - base" if extracted else _operation(made),
+        recipe=made.written_recipe,
+        recipe_fingerprint=fingerprint(made.written_recipe),
         fingerprints={name: checkpoint.fingerprint for name, checkpoint in read},
+        max_shard_size=made.max_shard_size,
         tensors=len(made.rows),
         bytes_read=bytes_read,
         bytes_written=made.out_bytes,

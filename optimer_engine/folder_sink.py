@@ -30,7 +30,7 @@ from optimer_engine.report import Report, combined
 from optimer_engine.runs import Run
 from optimer_engine.shard_file import SETTLE_BYTES, ShardFile, write_file
 from optimer_engine.sink import Sink
-from optimer_engine.types import DType, format_bytes
+from optimer_engine.types import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -287,13 +287,15 @@ class FolderSink(Sink):
         self._close()
 
     def _copy_companions(self, report: Report) -> None:
-        base = self._plan.base
-        found = {path for pattern in COMPANIONS for path in base.folder.glob(pattern)}
-        for path in sorted(path for path in found if path.is_file()):
-            content = path.read_bytes()
-            if path.name == "config.json" and self._plan.recipe.out_dtype:
-                content = _config_with_dtype(self._plan)
-            self._write_file(path.name, content, report)
+        plan = self._plan
+        found = {path for pattern in COMPANIONS for path in plan.base.folder.glob(pattern)}
+        files = {
+            path.name: path.read_bytes()
+            for path in found
+            if path.is_file() and path.name not in plan.omitted and path.name not in plan.files
+        }
+        for name, content in sorted({**files, **plan.files}.items()):
+            self._write_file(name, content, report)
 
     def _write_file(self, name: str, content: bytes, report: Report) -> None:
         write_file(self._partial / name, content)
@@ -338,11 +340,3 @@ def _index(plan: Plan) -> bytes:
         "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _config_with_dtype(plan: Plan) -> bytes:
-    """config.json naming the dtype the merge wrote, where it differs from the base's."""
-    config = dict(plan.base.config)
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = DType.parse(str(plan.recipe.out_dtype)).torch_name
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

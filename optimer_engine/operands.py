@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from optimer_engine.errors import MismatchError
 from optimer_engine.types import DType, TensorInfo
 
 if TYPE_CHECKING:
@@ -80,3 +81,18 @@ class Stored:
     def scratch_bytes(self, elems: int) -> int:
         """None."""
         return 0
+
+
+def as_float(stored: np.ndarray, dtype: DType) -> np.ndarray:
+    """The numbers of stored elements as fp32: exactly, but for fp64, which is rounded.
+
+    Raises:
+        MismatchError: for dtypes that are not numbers to compute with.
+    """
+    if dtype is DType.BF16:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype is DType.F16:
+        return np.ascontiguousarray(stored).view(np.float16).astype(np.float32)
+    if dtype in (DType.F32, DType.F64):
+        return stored.astype(np.float32)
+    raise MismatchError(f"{dtype.code} cannot be added to; floating point expected", where="tensor")

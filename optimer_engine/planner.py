@@ -7,22 +7,26 @@ gives the same plan with other weights for the price of a copy, which is what a 
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import msgspec
 
-from optimer_engine import methods
+from optimer_engine import mergekit, methods
 from optimer_engine.alignment import align
 from optimer_engine.checkpoint import ADAPTER, MODEL, VECTOR, Backend, Checkpoint
 from optimer_engine.errors import MemoryLimitError, MismatchError, RecipeError
 from optimer_engine.hub import locate
 from optimer_engine.layout import Shard, lay_out
+from optimer_engine.lowering import lower
+from optimer_engine.mergekit import MergekitConfig
 from optimer_engine.operands import Operand
-from optimer_engine.recipe import Recipe, Source
+from optimer_engine.recipe import Recipe, Source, decode, read_yaml
 from optimer_engine.runs import DIFFERENCE, JOINED, Row, Run, Treatment, anchored, fold, join
 from optimer_engine.tensor_recipe import Settings
 from optimer_engine.types import DType, TensorInfo, format_bytes, parse_bytes
@@ -54,9 +58,12 @@ class Plan:
         kind: "model" or "vector", the kind of checkpoint that comes out.
         threads, tile_bytes: how it runs; neither changes a bit of the output.
         warnings: what was noticed and not refused.
+        donor: number of the checkpoint that configuration and tokenizer files come from; `files`
+            are written in place of its own, `omitted` are not copied.
+        max_shard_size: what was asked for beside the recipe.
     """
 
-    recipe: Recipe
+    recipe: Recipe | MergekitConfig
     checkpoints: tuple[Checkpoint | None, ...]
     names: tuple[str, ...]
     treatments: tuple[Treatment, ...]
@@ -67,13 +74,22 @@ class Plan:
     kind: str = MODEL
     warnings: tuple[str, ...] = ()
     part: tuple[int, int] = (1, 1)
+    donor: int = 0
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    omitted: tuple[str, ...] = ()
+    max_shard_size: int | str | None = None
 
     @property
     def base(self) -> Checkpoint:
         """The checkpoint that configuration and tokenizer come from."""
-        base = self.checkpoints[0]
+        base = self.checkpoints[self.donor]
         assert base is not None
         return base
+
+    @property
+    def written_recipe(self) -> dict[str, Any]:
+        """The recipe as plain data, as it goes into the report; `load_recipe` reads it back."""
+        return self.recipe.to_dict() if isinstance(self.recipe, Recipe) else self.recipe.written
 
     @property
     def sources(self) -> tuple[Checkpoint | None, ...]:
@@ -83,11 +99,13 @@ class Plan:
     @property
     def read_checkpoints(self) -> dict[str, Checkpoint]:
         """Name to checkpoint, of those that the plan reads."""
-        used = {0}
+        used = {self.donor}
         for treatment in self.treatments:
             weights = (dict(pairs).get("weight", 1.0) for pairs in treatment.settings.per_source)
             read = zip(treatment.checkpoints[1:], weights, strict=True)
-            used |= {number for number, weight in read if weight != 0}
+            skips = treatment.skips_zero
+            used |= {number for number, weight in read if weight != 0 or not skips}
+            used |= set(treatment.checkpoints[:1]) - {-1}
         opened = zip(self.names, self.checkpoints, strict=True)
         return {n: c for i, (n, c) in enumerate(opened) if i in used and c is not None}
 
@@ -141,6 +159,12 @@ class Plan:
             RecipeError: for an unknown name, a weight that is not finite, or a source that was left
                 unopened.
         """
+        if not isinstance(self.recipe, Recipe):
+            raise RecipeError(
+                "a mergekit file has weights for each tensor",
+                where="weights",
+                todo="write the merge as a recipe with base and sources to change its weights",
+            )
         known = [source.name for source in self.recipe.sources]
         unknown = sorted(set(weights) - set(known))
         if unknown:
@@ -185,20 +209,22 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe | Mapping[str, Any] | str | Path,
+    recipe: Recipe | MergekitConfig | Mapping[str, Any] | str | Path,
     *,
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
     every_source: bool = True,
+    max_shard_size: int | str | None = None,
     part: tuple[int, int] = (1, 1),
     backend: Backend = "pread",
 ) -> Plan:
     """Resolve a recipe: open every checkpoint, check that they fit, lay out the output.
 
     Args:
-        recipe: a Recipe, a mapping, or the path of a YAML file.
+        recipe: a Recipe, a mapping, or the path of a YAML file; mergekit's files work as well.
         mem_limit: bytes the run may add to the interpreter; tiles shrink to fit.
         threads: default one per available core.
+        max_shard_size: bytes per output file, in place of the recipe's.
         part: (i, n): plan only the i-th of n parts of the output, counted from 1.
         backend: how the inputs are read, see `checkpoint`.
         every_source: also open sources of weight 0, which `with_weights` may turn on.
@@ -208,11 +234,40 @@ def plan(
         MismatchError: all the ways in which the sources do not fit the base, at once.
         MemoryLimitError: when not even small tiles fit.
     """
-    recipe = Recipe.load(recipe)
     if not 1 <= part[0] <= part[1]:
         raise RecipeError(
             f"{part[0]}/{part[1]} is no part", where="part", todo="write 1/4, 2/4, 3/4 or 4/4"
         )
+    recipe = load_recipe(recipe)
+    threads = threads or available_cores()
+    if isinstance(recipe, Recipe):
+        if max_shard_size is not None:
+            recipe = msgspec.structs.replace(recipe, max_shard_size=max_shard_size)
+        made = _plan_recipe(recipe, every_source, backend)
+    else:
+        made = _plan_mergekit(recipe, max_shard_size or "5GB", backend)
+    made = replace(made, threads=threads, part=part, max_shard_size=max_shard_size)
+    return _fit(_placed(made), mem_limit)
+
+
+def load_recipe(
+    recipe: Recipe | MergekitConfig | Mapping[str, Any] | str | Path,
+) -> Recipe | MergekitConfig:
+    """A recipe in either language, from a mapping or a YAML file; mergekit's has `merge_method`.
+
+    Raises:
+        RecipeError: naming the key and the nearest right one.
+    """
+    if isinstance(recipe, Recipe | MergekitConfig):
+        return recipe
+    data = recipe if isinstance(recipe, Mapping) else read_yaml(recipe)
+    where = "recipe" if isinstance(recipe, Mapping) else str(recipe)
+    if isinstance(data, Mapping) and "merge_method" in data:
+        return mergekit.load(recipe)
+    return decode(data, Recipe, where)
+
+
+def _plan_recipe(recipe: Recipe, every_source: bool, backend: Backend) -> Plan:
     base = Checkpoint.open(locate(recipe.base, recipe.base_revision), backend=backend)
     _require_model(base, recipe.base)
     sources = tuple(
@@ -223,22 +278,71 @@ def plan(
     )
     names = [source.name for source in recipe.sources]
     out_dtype = DType.parse(recipe.out_dtype) if recipe.out_dtype else None
-    rows, warnings = align(base, list(zip(names, sources, strict=True)), out_dtype)
+    rows, warnings = align(base, list(zip(names, sources, strict=True)), out_dtype, recipe.rows)
     unfolded = _treatment(recipe)
     treatment = fold(unfolded)
-    made = Plan(
+    return Plan(
         recipe,
         (base, *sources),
         ("base", *names),
         (treatment,),
         tuple(anchored(row, treatment, unfolded) for row in rows),
         lay_out((row.out for row in rows), parse_bytes(recipe.max_shard_size), MODEL, _FROM_TORCH),
-        threads or available_cores(),
+        1,
         TILE_BYTES,
         warnings=tuple(warnings),
-        part=part,
+        files=_changed_config(base, out_dtype, rows),
     )
-    return _fit(_placed(made), mem_limit)
+
+
+def _changed_config(base: Checkpoint, dtype: DType | None, rows: list[Row]) -> dict[str, bytes]:
+    """config.json as a file to write, where dtype or size of vocabulary are not the base's."""
+    config = copy.deepcopy(base.config)
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype.torch_name
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    for row in rows:
+        before = base.tensors[row.out.name].shape
+        if row.out.shape != before and text.get("vocab_size") == before[0]:
+            text["vocab_size"] = row.out.shape[0]
+    return {} if config == base.config and dtype is None else {"config.json": _json(config)}
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _plan_mergekit(config: MergekitConfig, max_shard_size: int | str, backend: Backend) -> Plan:
+    models = config.models()
+    opened = tuple(
+        Checkpoint.open(locate(model.path, model.revision), backend=backend) for model in models
+    )
+    adapters = {
+        number: Checkpoint.open(locate(model.lora, model.lora_revision), backend=backend)
+        for number, model in enumerate(models)
+        if model.lora is not None
+    }
+    folders = {model: locate(model.path, model.revision) for model in config.tokenizer_models()}
+    expansion = mergekit.expand(config, dict(zip(models, opened, strict=True)), folders)
+    rows, treatments = lower(expansion, opened, adapters)
+    shards = lay_out((row.out for row in rows), parse_bytes(max_shard_size), MODEL, _FROM_TORCH)
+    files = dict(expansion.files)
+    if expansion.config_changes:
+        files["config.json"] = _json(expansion.config)
+    return Plan(
+        config,
+        (*opened, *adapters.values()),
+        tuple(f"{i}" for i in (*models, *(models[number].lora for number in adapters))),
+        tuple(treatments),
+        tuple(rows),
+        shards,
+        1,
+        TILE_BYTES,
+        warnings=expansion.warnings,
+        donor=expansion.donor,
+        files=files,
+        omitted=expansion.omitted,
+    )
 
 
 _FROM_TORCH = {"format": "pt"}

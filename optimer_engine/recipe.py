@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -71,6 +71,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         out_dtype: dtype of the merged floating-point tensors; None keeps the base's.
         max_shard_size: bytes of tensor data per output file, an int or text such as "5GB".
         method: a name in `optimer_engine.methods`; `parameters`: its settings.
+        rows: "strict", "common" or "pad": embeddings of other sizes, see `alignment.RowRule`.
     """
 
     base: str
@@ -80,6 +81,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     max_shard_size: int | str = "5GB"
     method: str = "task_arithmetic"
     parameters: dict[str, Any] = {}
+    rows: Literal["strict", "common", "pad"] = "strict"
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -119,13 +121,22 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         """Plain data in canonical key order, without keys that are empty or None."""
         data = msgspec.to_builtins(self)
         data["sources"] = [_without_empty(source) for source in data["sources"]]
-        if self.method == "task_arithmetic":
-            del data["method"]
+        for key, default in (("method", "task_arithmetic"), ("rows", "strict")):
+            if data[key] == default:
+                del data[key]
         return _without_empty(data)
 
     def fingerprint(self) -> str:
         """sha256 (hex) of the canonical text."""
-        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+        return fingerprint(self.to_dict())
+
+
+def fingerprint(recipe: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a recipe's plain data as YAML."""
+    import yaml
+
+    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _without_empty(data: dict[str, Any]) -> dict[str, Any]:
@@ -135,11 +146,20 @@ def _without_empty(data: dict[str, Any]) -> dict[str, Any]:
 def read_config(path: str | Path, type_: type[T]) -> T:
     """Read a YAML file into a msgspec Struct, refusing whatever could be read in two ways.
 
+    Raises:
+        RecipeError: naming the file, the line or key, and the nearest right key.
+    """
+    return decode(read_yaml(path), type_, str(path))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """A YAML file as plain data.
+
     At most 1 MB and 16 levels; no aliases, tags or duplicate keys; numbers and booleans by YAML
     1.2's core rules (`1e-3` is a number, `no` is a text, infinities and NaN are not numbers).
 
     Raises:
-        RecipeError: naming the file, the line or key, and the nearest right key.
+        RecipeError: naming the file and line.
     """
     path = Path(path)
     try:
@@ -153,7 +173,7 @@ def read_config(path: str | Path, type_: type[T]) -> T:
         raise RecipeError(f"cannot be read: {error}", where=str(path)) from error
     from optimer_engine.strict_yaml import parse
 
-    return decode(parse(text, str(path)), type_, str(path))
+    return parse(text, str(path))
 
 
 def decode(data: object, type_: type[T], where: str) -> T:

@@ -20,6 +20,7 @@ class Report(msgspec.Struct, kw_only=True):
         operation: the formula that was computed.
         recipe: the recipe, canonical; with `recipe_fingerprint`, its sha256.
         fingerprints: name of each checkpoint read to its fingerprint.
+        max_shard_size: bytes per output file that were asked for beside the recipe.
         tensors: number of output tensors.
         bytes_read, bytes_written: of tensor data.
         wall_s: seconds from the first tile to the last file in place.
@@ -36,6 +37,7 @@ class Report(msgspec.Struct, kw_only=True):
     recipe_fingerprint: str
     fingerprints: dict[str, str]
     out: str | None = None
+    max_shard_size: int | str | None = None
     part: str | None = None
     tensors: int = 0
     bytes_read: int = 0

@@ -10,12 +10,15 @@ from typing import Any
 
 from optimer_engine.engine import merge
 from optimer_engine.errors import MissingExtraError, RecipeError
+from optimer_engine.mergekit import MergekitConfig
 from optimer_engine.planner import plan
 from optimer_engine.recipe import Recipe
 from optimer_engine.report import Report
 
 
-def merge_on_dask(recipe: Recipe, out: str | Path, scheduler: str, **options: Any) -> Report:
+def merge_on_dask(
+    recipe: Recipe | MergekitConfig, out: str | Path, scheduler: str, **options: Any
+) -> Report:
     """Merge `recipe` into `out` by the workers of a Dask cluster; the bytes are the same.
 
     Args:

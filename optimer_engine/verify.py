@@ -92,14 +92,14 @@ def _check_file(path: Path, ranges: list[tuple[int, int, str]]) -> int:
 
 
 def _plan_again(report: Report, out: Path) -> Plan:
-    recipe = decode(report.recipe, Recipe, str(out / "report.json"))
     if report.operation == "trained - base":
+        recipe = decode(report.recipe, Recipe, str(out / "report.json"))
         assert recipe.out_dtype is not None
         metadata = Checkpoint.open(out).metadata
         return plan_difference(
             recipe.base, recipe.sources[0].model, dtype=recipe.out_dtype, metadata=metadata
         )
-    return plan(recipe)
+    return plan(report.recipe, max_shard_size=report.max_shard_size)
 
 
 class _Compare(Sink):

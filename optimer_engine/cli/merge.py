@@ -13,6 +13,7 @@ from optimer_engine.types import format_bytes
 
 if TYPE_CHECKING:
     from optimer_engine.checkpoint import Backend
+    from optimer_engine.mergekit import MergekitConfig
 
 
 @click.command(name="merge")
@@ -70,7 +71,7 @@ def command(
       optimer merge --base org/base --add org/ja=0.4 --add runs/math/vector=0.25 -o merged
     """
     from optimer_engine.engine import merge
-    from optimer_engine.planner import plan
+    from optimer_engine.planner import load_recipe, plan
     from optimer_engine.progress import bar
     from optimer_engine.recipe import Recipe
 
@@ -80,27 +81,27 @@ def command(
             where="merge",
             todo="optimer merge --help shows an example of each",
         )
+    options: dict[str, Any] = {"mem_limit": mem_limit, "max_shard_size": max_shard_size}
+    options |= {"threads": threads, "backend": read_backend}
+    wanted: Recipe | MergekitConfig
     if recipe is not None:
         if added:
             raise RecipeError("--add belongs to --base, not to a recipe file", where="merge")
-        wanted = Recipe.load(recipe)
+        wanted = load_recipe(recipe)
     else:
         sources = [_source(text) for text in added]
         wanted = Recipe.load({"base": base, "sources": sources})
-    wanted.out_dtype = out_dtype or wanted.out_dtype
-    wanted.max_shard_size = max_shard_size or wanted.max_shard_size
+    if out_dtype is not None:
+        if not isinstance(wanted, Recipe):
+            raise RecipeError("write out_dtype into the mergekit file", where="--out-dtype")
+        wanted.out_dtype = out_dtype
     if dry_run:
         from optimer_engine.cli.plan import explanation
         from optimer_engine.explain import facts
 
-        found = facts(plan(wanted, mem_limit=mem_limit, threads=threads, every_source=False))
+        found = facts(plan(wanted, every_source=False, **options))
         return emit(found, explanation(found), as_json)
-    options: dict[str, Any] = {
-        "discard": discard,
-        "mem_limit": mem_limit,
-        "threads": threads,
-        "backend": read_backend,
-    }
+    options["discard"] = discard
     if dask_scheduler is not None:
         if part is not None:
             raise RecipeError("give --part or --dask-scheduler, not both", where="merge")
