@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -200,6 +200,12 @@ class Plan:
         from optimer_engine import engine  # the ladder's one step back: a plan runs itself
 
         return engine.run(replace(self, threads=threads or self.threads), sink, callbacks=callbacks)
+
+    def iter_tensors(self) -> Iterator[tuple[str, Any]]:
+        """Merge and give out (name, torch tensor) one by one; see `iteration.iter_tensors`."""
+        from optimer_engine.iteration import iter_tensors
+
+        return iter_tensors(self)
 
     def close(self) -> None:
         """Close the checkpoints' files."""

@@ -171,6 +171,7 @@ class Method:
         parameters: by name; `compat` belongs to every method.
         base: whether a base is "required", "optional" or "unused".
         min_sources, max_sources: beside the base; None is no limit.
+        by_row: tiles are whole rows. skips_zero: a source of weight 0 has no part in the result.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Method:
     max_sources: int | None = None
 
     by_row: ClassVar[bool] = False
+    skips_zero: ClassVar[bool] = False
 
     def settings(self, shared: Mapping[str, Any], per_source: list[dict[str, Any]]) -> Settings:
         """All parameters of this method, checked, defaults filled in.
