@@ -1,7 +1,8 @@
 """Case `kernel`: the fused CPU kernel on arrays in memory, beside the stream that memory allows.
 
-Tiles of the engine's size are dealt to one thread or to all, over arrays far larger than any cache.
-The rival is the same formula in torch on whole arrays, as most merging code has it.
+Tiles of the engine's size are dealt to one thread or to all, over arrays far larger than any cache;
+and one tile is merged over and over, as it is in a merge, where it was read a moment ago. The rival
+is the same formula in torch on whole arrays, as most merging code has it.
 """
 
 from __future__ import annotations
@@ -38,25 +39,12 @@ def case(
         arrays = _arrays(code, size_bytes, sources)
         out = np.ones_like(arrays[0])
         moved = out.nbytes * (sources + 2)
+        step = TILE_BYTES // out.itemsize
+        one_tile = [array[:step] for array in arrays], np.ones_like(out[:step])
+        contestants += _pair(f"{dtype}, 1 thread, one tile", code, *one_tile, weights, 1, moved)
         for threads in sorted({1, all_threads}):
-            many = f"{threads} thread" + "s" * (threads > 1)
-            name = f"cpu.linear {dtype}, {many}"
-            contestants += [
-                Contestant(
-                    name,
-                    "ours",
-                    moved,
-                    _timed(_merger(code, arrays, out, weights, threads)),
-                    check=_checker(code, arrays, out, weights),
-                ),
-                Contestant(
-                    f"memory, {sources + 1} in and 1 out, {many}, beside {dtype}",
-                    "ceiling",
-                    moved,
-                    _stream(sources + 1, out.nbytes, threads, moved),
-                    name,
-                ),
-            ]
+            name = f"{dtype}, {threads} thread" + "s" * (threads > 1)
+            contestants += _pair(name, code, arrays, out, weights, threads, moved)
         if "torch" in rivals:
             contestants.append(
                 Contestant(
@@ -64,7 +52,7 @@ def case(
                     "rival",
                     moved,
                     _timed(_torch(code, arrays, out, weights)),
-                    name,
+                    f"cpu.linear {name}",
                     _checker(code, arrays, out, weights),
                 )
             )
@@ -80,6 +68,36 @@ def case(
         contestants=contestants,
         before=lambda: None,
     )
+
+
+def _pair(
+    name: str,
+    code: int,
+    arrays: list[np.ndarray],
+    out: np.ndarray,
+    weights: list[float],
+    threads: int,
+    moved: int,
+) -> list[Contestant]:
+    """The kernel, and the memory that it works on; both go through the arrays as often as need be
+    to move `moved` bytes."""
+    ours = f"cpu.linear {name}"
+    return [
+        Contestant(
+            ours,
+            "ours",
+            moved,
+            _timed(_merger(code, arrays, out, weights, threads, moved)),
+            check=_checker(code, arrays, out, weights),
+        ),
+        Contestant(
+            f"memory, {len(arrays)} in and 1 out, beside {name}",
+            "ceiling",
+            moved,
+            _stream(len(arrays), out.nbytes, threads, moved),
+            ours,
+        ),
+    ]
 
 
 def _arrays(code: int, size_bytes: int, sources: int) -> list[np.ndarray]:
@@ -104,18 +122,26 @@ def _timed(function: Callable[[], object]) -> Callable[[], measure.Cost]:
 
 
 def _merger(
-    code: int, arrays: list[np.ndarray], out: np.ndarray, weights: list[float], threads: int
+    code: int,
+    arrays: list[np.ndarray],
+    out: np.ndarray,
+    weights: list[float],
+    threads: int,
+    moved: int,
 ) -> Callable[[], None]:
-    step = TILE_BYTES // out.itemsize
+    step = min(TILE_BYTES // out.itemsize, out.size)
+    tiles = -(-out.size // step)
     codes, full = [code] * len(weights), [False] * len(weights)
 
     def work(numbers: Iterable[int]) -> None:
         for number in numbers:
-            tile = slice(number * step, (number + 1) * step)
+            start = number % tiles * step
+            tile = slice(start, start + step)
             sources = [array[tile] for array in arrays[1:]]
             cpu.linear(arrays[0][tile], code, sources, codes, full, weights, out[tile], code)
 
-    return lambda: ceilings.in_threads(threads, work, -(-out.size // step))
+    rounds = moved // (out.nbytes * (len(arrays) + 1))
+    return lambda: ceilings.in_threads(threads, work, tiles * rounds)
 
 
 def _stream(inputs: int, size_bytes: int, threads: int, moved: int) -> Callable[[], measure.Cost]:

@@ -1,176 +1,180 @@
 """The CPU kernel: the reference's arithmetic, fused, without the GIL, at memory speed.
 
-The tile is walked in blocks that stay in the first-level cache. For each block every operand is
-upcast from its stored bits, the weighted deltas are summed, and the result is rounded and stored:
-memory sees each input byte once and each output byte once, whatever the number of sources or the
-mixture of dtypes. (The alternative, one loop body unrolled over the sources, saves cache traffic
-but compiles anew for every count and every mixture of dtypes.)
+Three loops, of which each merge takes the most special one that fits:
 
-numba compiles it on first use and keeps the machine code in its cache. `fastmath` stays off:
-multiply and add are then never contracted, so vector bodies and scalar tails, any tile size and any
-instruction set give the same bits. Buffers are passed by address; the caller keeps them alive.
+* `_words`, all operands bf16, two elements to a 32-bit word: shifting and masking make fp32 of both
+  halves, and no vector lane ever changes its width.
+* `_elements`, one dtype each for base, sources and output: one element after the other, the
+  dtypes compiled in. Only for mixtures that checkpoints really have.
+* `_blocks`, anything: the sum of one block is kept in the first-level cache and the sources are
+  added to it one after the other.
+
+In the first two the number of sources is a constant, so that the compiler unrolls the sum and keeps
+it in registers: memory sees each input byte once and each output byte once.
+
+Each is compiled by numba when first used and kept by `kernels.native`. Multiply and add are never
+contracted, so vector bodies and scalar tails, any tile size and any instruction set give the same
+bits. Buffers are passed by address; the caller keeps them alive.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from ctypes import addressof
+from ctypes import c_byte as _Byte
+from ctypes import c_double as _Double
+from ctypes import c_int64 as _Int
 
+import numpy as np
+
+from .native import compiled
 from .reference import BF16, F16, F32, accumulates_in_fp64
 
+UNROLLED = 16
+"""Most sources that are summed in registers. The compiler does not unroll a much longer sum, and a
+loop over sources inside the loop over elements is not vectorised."""
+
+SPECIAL = {
+    (BF16, F32, BF16),
+    (BF16, BF16, F32),
+    (F16, F16, F16),
+    (F16, F32, F16),
+    (F32, F32, F32),
+}
+"""Mixtures (base, every source, output) that `_elements` is compiled for: models of one dtype, the
+fp32 vectors of half-precision models, and the making of such vectors."""
+
 BLOCK = 2048
-"""Elements per block: three fp32 blocks are 24 KiB, inside any first-level data cache."""
+"""Elements per block: two fp32 blocks are 16 KiB, inside any first-level data cache."""
 
 
-@intrinsic
-def _pointer(_context, address, dtype):
-    """`address` (integer) as a pointer to `dtype`."""
-    pointer = types.CPointer(dtype.instance_type)
+@compiled("boolean(int64, int64, int64)")
+def _words(thetas):
+    """thetas: for each source, whether it is a model theta_i rather than a vector tau_i."""
+    from .elements import f32_of_bits, load, nearest_bf16, store
 
-    def generate(context, builder, _signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(pointer))
+    count, models = len(thetas), _mask(thetas)
+    u, zero = np.uint32, np.float32(0)
+    upper, magnitudes, to_infinity, signs = map(u, (0xFFFF0000, 0x7FFF7FFF, 0x00800080, 0x80008000))
 
-    return pointer(address, dtype), generate
+    def merge(addresses, weights, words):
+        seen = u(0)
+        for j in range(words):
+            word = load(load(addresses, np.int64, 0), np.uint32, j)
+            low, high = f32_of_bits(u(word << u(16))), f32_of_bits(u(word & upper))
+            low_sum, high_sum = zero, zero
+            for i in range(count):
+                weight = np.float32(load(weights, np.float64, i))
+                word = load(load(addresses, np.int64, i + 1), np.uint32, j)
+                of_model = models >> i & 1
+                low_sum += weight * (f32_of_bits(u(word << u(16))) - (low if of_model else zero))
+                high_sum += weight * (f32_of_bits(u(word & upper)) - (high if of_model else zero))
+            low = low if low_sum == zero else low + low_sum
+            high = high if high_sum == zero else high + high_sum
+            # A NaN here is one of arithmetic on bf16 inputs or an input itself: its lower half is
+            # zero, and rounding lets it be.
+            word = u(u(nearest_bf16(low) >> u(16)) | u(nearest_bf16(high) & upper))
+            store(load(addresses, np.int64, count + 1), np.uint32, j, word)
+            # An exponent of ones, and no smaller one, carries into the sign's place.
+            seen = u(seen | u(u(word & magnitudes) + to_infinity))
+        return u(seen & signs) != u(0)
 
-
-def _bitcast(source: types.Type, target: types.Type, steps):
-    """An intrinsic that turns a `source` value into a `target` value by the LLVM `steps`."""
-
-    @intrinsic
-    def convert(_context, value):
-        def generate(_target_context, builder, _signature, args):
-            return steps(builder, args[0])
-
-        return target(source), generate
-
-    return convert
-
-
-_bits_to_f32 = _bitcast(types.uint32, types.float32, lambda b, v: b.bitcast(v, ir.FloatType()))
-_f32_to_bits = _bitcast(types.float32, types.uint32, lambda b, v: b.bitcast(v, ir.IntType(32)))
-_f64_to_bits = _bitcast(types.float64, types.uint64, lambda b, v: b.bitcast(v, ir.IntType(64)))
-# IEEE half precision goes through LLVM's own type: one hardware instruction each way, exact up,
-# to nearest even down.
-_half_to_f32 = _bitcast(
-    types.uint16,
-    types.float32,
-    lambda b, v: b.fpext(b.bitcast(v, ir.HalfType()), ir.FloatType()),
-)
-_f32_to_half = _bitcast(
-    types.float32,
-    types.uint16,
-    lambda b, v: b.bitcast(b.fptrunc(v, ir.HalfType()), ir.IntType(16)),
-)
+    return merge
 
 
-@njit(nogil=True, cache=True)
-def _upcast(address, code, n, block):
-    """block[:n] = the values of the n elements at `address`, exactly."""
-    if code == BF16:
-        bits = carray(_pointer(address, np.uint16), n)
-        for j in range(n):
-            block[j] = _bits_to_f32(np.uint32(np.uint32(bits[j]) << np.uint32(16)))
-    elif code == F16:
-        halves = carray(_pointer(address, np.uint16), n)
-        for j in range(n):
-            block[j] = _half_to_f32(halves[j])
-    elif code == F32:
-        singles = carray(_pointer(address, np.float32), n)
-        for j in range(n):
-            block[j] = singles[j]
-    else:
-        doubles = carray(_pointer(address, np.float64), n)
-        for j in range(n):
-            block[j] = doubles[j]
+@compiled("boolean(int64, int64, int64)")
+def _elements(base_code, source_code, out_code, thetas, add_base):
+    from .elements import load, reader, writer
+
+    count, models = len(thetas), _mask(thetas)
+    wide = accumulates_in_fp64(base_code, [source_code], out_code)
+    real = np.float64 if wide else np.float32
+    zero = real(0)
+    read_base, read_source, write = reader(base_code), reader(source_code), writer(out_code, wide)
+
+    def merge(addresses, weights, elems):
+        seen = np.uint32(0)
+        for j in range(elems):
+            base = real(read_base(load(addresses, np.int64, 0), j))
+            total = zero
+            for i in range(count):
+                value = real(read_source(load(addresses, np.int64, i + 1), j))
+                origin = base if models >> i & 1 else zero
+                total += real(load(weights, np.float64, i)) * (value - origin)
+            if add_base:
+                total = base if total == zero else base + total
+            seen = np.uint32(seen | write(load(addresses, np.int64, count + 1), j, total))
+        return seen != np.uint32(0)
+
+    return merge
 
 
-@njit(nogil=True, cache=True)
-def _to_f32(value):
-    """An fp64 value as fp32, rounded to odd so that the next rounding is the only one that counts.
-
-    Truncate towards zero and set the last bit if anything was lost (Boldo and Melquiond, 2008).
-    fp32 values pass through.
-    """
-    single = np.float32(value)
-    difference = np.float64(value) - np.float64(single)
-    if difference == difference and difference != 0.0:
-        bits = _f32_to_bits(single)
-        away = (difference < 0.0) == (single > 0.0)
-        if away:
-            bits = np.uint32(bits - np.uint32(1))
-        return _bits_to_f32(np.uint32(bits | np.uint32(1)))
-    return single
+def _mask(flags: tuple[bool, ...]) -> int:
+    return sum(1 << i for i, flag in enumerate(flags) if flag)
 
 
-@njit(nogil=True, cache=True)
-def _store(block, address, code, n):
-    """Round block[:n] into the n elements at `address`; True if any is not finite."""
-    if code == BF16:
-        out = carray(_pointer(address, np.uint16), n)
-        top = np.uint32(0)
-        for j in range(n):
-            bits = _f32_to_bits(_to_f32(block[j]) if block.itemsize == 8 else block[j])
-            magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-            odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-            rounded = np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-            quiet_nan = np.uint32(bits >> np.uint32(16)) | np.uint32(0x40)
-            result = quiet_nan if magnitude > np.uint32(0x7F800000) else rounded
-            out[j] = np.uint16(result)
-            top = max(top, np.uint32(result & np.uint32(0x7FFF)))
-        return top >= np.uint32(0x7F80)
-    if code == F16:
-        out = carray(_pointer(address, np.uint16), n)
-        top = np.uint32(0)
-        for j in range(n):
-            half = _f32_to_half(_to_f32(block[j]) if block.itemsize == 8 else block[j])
-            out[j] = half
-            top = max(top, np.uint32(half & np.uint16(0x7FFF)))
-        return top >= np.uint32(0x7C00)
-    if code == F32:
-        singles = carray(_pointer(address, np.float32), n)
-        top = np.uint32(0)
-        for j in range(n):
-            single = np.float32(block[j])
-            singles[j] = single
-            top = max(top, np.uint32(_f32_to_bits(single) & np.uint32(0x7FFFFFFF)))
-        return top >= np.uint32(0x7F800000)
-    doubles = carray(_pointer(address, np.float64), n)
-    widest = np.uint64(0)
-    for j in range(n):
-        doubles[j] = block[j]
-        magnitude64 = _f64_to_bits(np.float64(block[j])) & np.uint64(0x7FFFFFFFFFFFFFFF)
-        widest = max(widest, magnitude64)
-    return widest >= np.uint64(0x7FF0000000000000)
+@compiled("boolean(int64, int64, int64, int64, int64, int64, int64)")
+def _blocks(base_code, source_codes, out_code, add_base):
+    """source_codes: those that occur; codes and thetas (int64) say which each source has and is."""
+    from .elements import array, load, reader, writer
 
+    wide = accumulates_in_fp64(base_code, source_codes, out_code)
+    real = np.float64 if wide else np.float32
+    zero = real(0)
+    read_base, write, add = reader(base_code), writer(out_code, wide), _adder(source_codes, real)
 
-@njit(nogil=True, cache=True)
-def _linear(addresses, codes, is_delta, weights, elems, add_base, base, value, total):
-    """The fused loop. addresses/codes: base, sources..., output; blocks: scratch of one dtype."""
-    last = len(addresses) - 1
-    itemsizes = (2, 2, 4, 8)
-    zero = total.dtype.type(0)
-    nonfinite = False
-    for start in range(0, elems, BLOCK):
-        n = min(BLOCK, elems - start)
-        _upcast(addresses[0] + start * itemsizes[codes[0]], codes[0], n, base)
-        for j in range(n):
-            total[j] = zero
-        for i in range(1, last):
-            _upcast(addresses[i] + start * itemsizes[codes[i]], codes[i], n, value)
-            weight = weights[i - 1]
-            if is_delta[i - 1]:
-                for j in range(n):
-                    total[j] = total[j] + weight * value[j]
-            else:
-                for j in range(n):
-                    total[j] = total[j] + weight * (value[j] - base[j])
-        if add_base:
+    def merge(addresses, codes, thetas, weights, count, elems, scratch):
+        base = array(scratch, real, BLOCK)
+        total = array(scratch + base.nbytes, real, BLOCK)
+        nothing = array(scratch + 2 * base.nbytes, real, BLOCK)
+        nothing[:] = zero
+        stored_base, out = load(addresses, np.int64, 0), load(addresses, np.int64, count + 1)
+        seen = np.uint32(0)
+        for start in range(0, elems, BLOCK):
+            n = min(BLOCK, elems - start)
             for j in range(n):
-                total[j] = base[j] if total[j] == zero else base[j] + total[j]
-        nonfinite |= _store(total, addresses[last] + start * itemsizes[codes[last]], codes[last], n)
-    return nonfinite
+                base[j] = real(read_base(stored_base, start + j))
+            total[:n] = zero
+            for i in range(count):
+                source = load(addresses, np.int64, i + 1)
+                weight = real(load(weights, np.float64, i))
+                origin = base if load(thetas, np.int64, i) else nothing
+                add(load(codes, np.int64, i), source, start, n, weight, origin, total)
+            for j in range(n):
+                value, origin = total[j], base[j]
+                if add_base:
+                    value = origin if value == zero else origin + value
+                seen = np.uint32(seen | write(out, start + j, value))
+        return seen != np.uint32(0)
+
+    return merge
+
+
+def _adder(codes, real):
+    """A jitted (code, source, start, n, weight, origin, total): total += weight * delta."""
+    from numba import njit
+
+    from .elements import reader
+
+    code, *others = codes
+    read = reader(code)
+
+    @njit
+    def add(_, source, start, n, weight, origin, total):
+        for j in range(n):
+            total[j] += weight * (real(read(source, start + j)) - origin[j])
+
+    if not others:
+        return add
+    add_other = _adder(others, real)
+
+    @njit
+    def add_any(which, source, start, n, weight, origin, total):
+        if which == code:
+            add(which, source, start, n, weight, origin, total)
+        else:
+            add_other(which, source, start, n, weight, origin, total)
+
+    return add_any
 
 
 def linear(
@@ -193,20 +197,35 @@ def linear(
     Returns:
         True when any output element is NaN or infinite.
     """
-    codes = [base_code, *source_codes, out_code]
+    elems, count = base.shape[0], len(sources)
+    addresses = [_address(array) for array in (base, *sources, out)]
+    thetas = tuple([not delta for delta in is_delta])
+    seen = False
+    if 0 < count <= UNROLLED and len(set(source_codes)) == 1:
+        mixture = (base_code, source_codes[0], out_code)
+        table, factors = (_Int * (count + 2))(*addresses), (_Double * count)(*weights)
+        if mixture == (BF16, BF16, BF16) and add_base:
+            seen = _words(thetas)(addressof(table), addressof(factors), elems // 2)
+            if elems % 2 == 0:
+                return seen
+            addresses = [address + 2 * (elems - 1) for address in addresses]
+            elems = 1
+        elif mixture in SPECIAL:
+            run = _elements(*mixture, thetas, add_base)
+            return run(addressof(table), addressof(factors), elems)
     wide = accumulates_in_fp64(base_code, source_codes, out_code)
-    dtype = np.float64 if wide else np.float32
-    scratch = np.empty((3, BLOCK), dtype)
-    return bool(
-        _linear(
-            np.array([a.ctypes.data for a in (base, *sources, out)], np.int64),
-            np.array(codes, np.int64),
-            np.array(is_delta, np.bool_),
-            np.array(weights, np.float64).astype(dtype),
-            base.shape[0],
-            add_base,
-            scratch[0],
-            scratch[1],
-            scratch[2],
-        )
-    )
+    scratch = np.empty((3, BLOCK), np.float64 if wide else np.float32)
+    table, factors = (_Int * (count + 2))(*addresses), (_Double * count)(*weights)
+    codes, flags = (_Int * count)(*source_codes), (_Int * count)(*thetas)
+    occurring = tuple(sorted(set(source_codes))) or (base_code,)
+    run = _blocks(base_code, occurring, out_code, add_base)
+    lists = [addressof(numbers) for numbers in (table, codes, flags, factors)]
+    return run(*lists, count, elems, scratch.ctypes.data) or seen
+
+
+def _address(array: np.ndarray) -> int:
+    """Where an array's memory begins; in a third of the time that `array.ctypes` takes."""
+    try:
+        return addressof(_Byte.from_buffer(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # read-only, empty
+        return array.ctypes.data

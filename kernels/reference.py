@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import numpy as np
 
-BF16, F16, F32, F64 = 0, 1, 2, 3
-"""Codes by which kernels are told the dtype of a buffer."""
+BF16, F16, F32, F64, F8_E4M3, F8_E5M2 = range(6)
+"""Codes by which kernels are told the dtype of a buffer.
 
-STORAGE = (np.dtype("u2"), np.dtype("u2"), np.dtype("f4"), np.dtype("f8"))
+The 8-bit formats are those of Micikevicius et al. (arXiv 2209.05433): E5M2 is the upper byte of an
+IEEE half; E4M3 has no infinities and one NaN of each sign, and ends at 448.
+"""
+
+STORAGE = tuple(map(np.dtype, ("u2", "u2", "f4", "f8", "u1", "u1")))
 """numpy dtype that carries each code's bits."""
 
 
@@ -31,11 +35,28 @@ def upcast(tile: np.ndarray, code: int, dtype: type) -> np.ndarray:
     """The values of a stored tile, exactly, as `dtype` (np.float32 or np.float64)."""
     if code == BF16:
         return (tile.astype(np.uint32) << 16).view(np.float32).astype(dtype)
+    if code == F8_E5M2:
+        return (tile.astype(np.uint16) << 8).view(np.float16).astype(dtype)
+    if code == F8_E4M3:
+        return _values_of_e4m3(dtype)[tile]
     return tile.view(np.float16).astype(dtype) if code == F16 else tile.astype(dtype)
+
+
+def _values_of_e4m3(dtype: type) -> np.ndarray:
+    """The value of each of the 256 bytes."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    normal, denormal = np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6)
+    value = np.where(exponent == 0, denormal, normal)
+    value = np.where(byte & 0x7F == 0x7F, np.nan, value)
+    return np.copysign(value, np.where(byte & 0x80, -1.0, 1.0)).astype(dtype)
 
 
 def round_to(values: np.ndarray, code: int) -> np.ndarray:
     """`values` (fp32 or fp64) rounded once, to nearest even, into the storage of `code`."""
+    if code in (F8_E4M3, F8_E5M2):
+        with np.errstate(invalid="ignore"):
+            return _round_to_f8(values.astype(np.float64), code)
     if code != BF16:
         with np.errstate(over="ignore"):
             return values.astype((None, np.float16, np.float32, np.float64)[code]).view(
@@ -54,6 +75,20 @@ def round_to(values: np.ndarray, code: int) -> np.ndarray:
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     quiet_nan = (bits >> 16) | 0x40
     return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
+
+
+def _round_to_f8(values: np.ndarray, code: int) -> np.ndarray:
+    """fp64 values rounded once to 8 bits: to a multiple of the step that their exponent allows."""
+    mantissa_bits, lowest, end = (3, -6, 0x7F) if code == F8_E4M3 else (2, -14, 0x7C)
+    magnitude = np.abs(values)
+    finite = upcast(np.arange(end, dtype=np.uint8), code, np.float64)
+    inside = np.where(magnitude < 2 * finite[-1], magnitude, 0)
+    exponent = np.maximum(np.frexp(inside)[1] - 1, lowest)
+    step = np.ldexp(1.0, exponent - mantissa_bits)
+    nearest = np.rint(inside / step) * step
+    byte = np.where(magnitude == inside, np.searchsorted(finite, nearest), end)
+    byte = np.where(np.isnan(values), 0x7F, byte)
+    return (byte | np.where(np.signbit(values), 0x80, 0)).astype(np.uint8)
 
 
 def linear(

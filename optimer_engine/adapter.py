@@ -17,7 +17,7 @@ import numpy as np
 
 from optimer_engine.checkpoint import Checkpoint
 from optimer_engine.errors import CheckpointError, quoted
-from optimer_engine.operands import Stored, as_float
+from optimer_engine.operands import Operand, as_float
 from optimer_engine.types import DType, TensorInfo
 
 BLOCK_ROWS = 16
@@ -79,7 +79,7 @@ class Adapted:
 
     dtype, is_delta = DType.F32, False
 
-    def __init__(self, model: Stored, delta: LowRank) -> None:
+    def __init__(self, model: Operand, delta: LowRank) -> None:
         self.model, self.delta, self.shape = model, delta, model.shape
         self.read_bytes_per_elem = model.read_bytes_per_elem + delta.read_bytes_per_elem
 

@@ -16,6 +16,7 @@ from optimer_engine.adapter import adapter_tensors
 from optimer_engine.checkpoint import ADAPTER, MODEL, VECTOR, Checkpoint
 from optimer_engine.errors import MismatchError, quoted
 from optimer_engine.operands import Operand, Stored
+from optimer_engine.quantized import as_input, merged_dtype
 from optimer_engine.resized import Resized
 from optimer_engine.runs import Row
 from optimer_engine.types import DType, TensorInfo
@@ -84,8 +85,12 @@ def align(
         )
     made = []
     for info in base.tensors.values():
-        dtype = out_dtype if out_dtype is not None and info.dtype.mergeable else info.dtype
-        inputs = (info, *(aligned.get(info.name) for aligned in found))
+        own = merged_dtype(base, info)
+        dtype = out_dtype if out_dtype is not None and info.dtype.mergeable else own
+        inputs: tuple[Given, ...] = (
+            as_input(base, info),
+            *(aligned.get(info.name) for aligned in found),
+        )
         shape = info.shape
         if any(given is not None and given.shape != shape for given in inputs):
             shape, inputs = _resize([base, *(source for _, source in sources)], inputs, rows)
@@ -122,6 +127,8 @@ def _given(source: Checkpoint) -> Mapping[str, TensorInfo | Operand]:
     """What a source offers, by the base's names."""
     if source.kind == ADAPTER:
         return adapter_tensors(source)
+    if source.scales:
+        return {name: as_input(source, info) for name, info in source.tensors.items()}
     return source.tensors
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from optimer_engine.errors import CheckpointError, quoted
 from optimer_engine.safetensors_format import read_header
-from optimer_engine.types import TensorInfo
+from optimer_engine.types import FP8, TensorInfo
 
 MODEL, VECTOR, ADAPTER = "model", "vector", "adapter_model"
 """What a folder holds, which is also the stem of its file names; an adapter is PEFT's."""
@@ -43,6 +43,8 @@ COMPANIONS = (
 """The data files beside the weights that a model needs: configuration and tokenizer, never code."""
 
 Backend = Literal["pread", "mmap"]
+
+_SCALES = (".weight_scale_inv", ".weight_scale", ".input_scale")
 
 RELEASE_BYTES = 32 << 20
 """The mmap backend releases pages in pieces of this size: smaller ones split large pages."""
@@ -64,7 +66,8 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         kind: "model", "vector" for a folder written by `optimer extract`, or "adapter_model".
-        tensors: name to TensorInfo, in file order.
+        tensors: name to TensorInfo, in file order; without the scales of fp8 weights.
+        scales: for an fp8 weight that is stored with a scale, the scale's tensor.
         metadata: the first file's header metadata.
         config: config.json as data ({} for a vector without one), adapter_config.json for an
             adapter; nothing in it is executed.
@@ -75,6 +78,7 @@ class Checkpoint:
     ) -> None:
         self.folder, self.kind, self.config, self.backend = folder, kind, config, backend
         self.tensors: dict[str, TensorInfo] = {}
+        self.scales: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self.files: list[_File] = []
         self._maps: dict[int, mmap.mmap] = {}
@@ -107,10 +111,28 @@ class Checkpoint:
                 checkpoint._open_shards(index)
             else:
                 checkpoint._add_file(single)
+            checkpoint._set_scales_apart()
         except BaseException:
             checkpoint.close()
             raise
         return checkpoint
+
+    def _set_scales_apart(self) -> None:
+        """Scales are part of their fp8 weights, not tensors to merge.
+
+        `weight_scale_inv` (Transformers' finegrained fp8, DeepSeek) and `weight_scale`
+        (compressed-tensors, FBGEMM) both multiply; `input_scale` is of activations.
+        """
+        for name in [n for n in self.tensors if n.endswith(_SCALES)]:
+            stem = name.rpartition("_scale")[0]
+            weight = self.tensors.get(stem)
+            if weight is None and name.endswith(".input_scale"):
+                weight = self.tensors.get(name.removesuffix("input_scale") + "weight")
+            if weight is None or weight.dtype not in FP8:
+                continue
+            info = self.tensors.pop(name)
+            if not name.endswith(".input_scale"):
+                self.scales[weight.name] = info
 
     def _open_shards(self, index: Path) -> None:
         weight_map = _read_json(index).get("weight_map")
@@ -180,8 +202,9 @@ class Checkpoint:
         so it identifies a checkpoint among others; it does not prove every byte.
         """
         digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            info = self.tensors[name]
+        every = {info.name: info for info in (*self.tensors.values(), *self.scales.values())}
+        for name in sorted(every):
+            info = every[name]
             digest.update(msgspec.json.encode([name, info.dtype.code, info.shape]))
             whole = info.nbytes <= SAMPLES * SAMPLE_BYTES
             step = (info.nbytes - SAMPLE_BYTES) / (SAMPLES - 1)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from optimer_engine.checkpoint import Backend
 from optimer_engine.errors import MismatchError, NonFiniteError, quoted
 from optimer_engine.events import Advanced, Callback, Event, Finished, Started
 from optimer_engine.folder_sink import FolderSink
-from optimer_engine.mergekit import MergekitConfig
 from optimer_engine.methods.protocol import Pass, Statistics
 from optimer_engine.operands import Stored
 from optimer_engine.planner import MEM_LIMIT, Plan, plan, plan_difference
@@ -33,6 +32,9 @@ from optimer_engine.recipe import Recipe, fingerprint
 from optimer_engine.report import Report, peak_mem_bytes, versions
 from optimer_engine.runs import DIFFERENCE, Run
 from optimer_engine.sink import Sink
+
+if TYPE_CHECKING:
+    from optimer_engine.mergekit import MergekitConfig
 
 SETTLE_EVERY_S = 0.01
 

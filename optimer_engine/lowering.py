@@ -12,6 +12,7 @@ from optimer_engine.checkpoint import Checkpoint
 from optimer_engine.errors import MismatchError, quoted
 from optimer_engine.mergekit import Expansion, GatheredRows
 from optimer_engine.operands import Operand, Stored
+from optimer_engine.quantized import as_input
 from optimer_engine.runs import JOINED, Row, Treatment, anchored, fold
 from optimer_engine.tensor_recipe import Ref, Settings, TensorRecipe
 from optimer_engine.types import TensorInfo
@@ -106,12 +107,15 @@ class _Inputs:
             return GatheredRows(row_map, ref.checkpoint, matrices)
         given = self.adapted.get(ref.checkpoint, {}).get(ref.name)
         if given is None:
-            return self.checkpoints[ref.checkpoint].tensors[ref.name]
+            checkpoint = self.checkpoints[ref.checkpoint]
+            return as_input(checkpoint, checkpoint.tensors[ref.name])
         return self._matrix(ref)
 
     def _matrix(self, ref: Ref) -> Operand:
         checkpoint = self.checkpoints[ref.checkpoint]
-        stored = Stored(checkpoint, checkpoint.tensors[ref.name], is_delta=False)
+        stored: TensorInfo | Operand = as_input(checkpoint, checkpoint.tensors[ref.name])
+        if isinstance(stored, TensorInfo):
+            stored = Stored(checkpoint, stored, is_delta=False)
         given = self.adapted.get(ref.checkpoint, {}).get(ref.name)
         if given is None:
             return stored

@@ -7,12 +7,13 @@ a whole: see `adapter` for LoRA.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from optimer_engine.errors import MismatchError
-from optimer_engine.types import DType, TensorInfo
+from optimer_engine.types import FP8, DType, TensorInfo
 
 if TYPE_CHECKING:
     from optimer_engine.checkpoint import Checkpoint
@@ -95,4 +96,23 @@ def as_float(stored: np.ndarray, dtype: DType) -> np.ndarray:
         return np.ascontiguousarray(stored).view(np.float16).astype(np.float32)
     if dtype in (DType.F32, DType.F64):
         return stored.astype(np.float32)
+    if dtype in FP8:
+        return fp8_values(dtype)[stored]
     raise MismatchError(f"{dtype.code} cannot be added to; floating point expected", where="tensor")
+
+
+@cache
+def fp8_values(dtype: DType) -> np.ndarray:
+    """fp32 [256]: the number of every bit pattern (Micikevicius et al., arXiv 2209.05433)."""
+    mantissa_bits, bias = (3, 7) if dtype is DType.F8_E4M3 else (2, 15)
+    bits = np.arange(256)
+    exponent = (bits & 0x7F) >> mantissa_bits
+    mantissa = (bits & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    scale = np.exp2(np.maximum(exponent, 1).astype(np.float64) - bias)
+    values = np.where(exponent > 0, 1 + mantissa, mantissa) * scale
+    if dtype is DType.F8_E4M3:
+        values[(bits & 0x7F) == 0x7F] = np.nan
+    else:
+        values[(bits & 0x7F) == 0x7C] = np.inf
+        values[(bits & 0x7F) > 0x7C] = np.nan
+    return np.where(bits < 128, values, -values).astype(np.float32)

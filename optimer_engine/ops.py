@@ -186,6 +186,10 @@ def nonfinite(tile: np.ndarray, dtype: DType) -> np.ndarray:
     """Which elements of a stored tile are NaN or infinite."""
     if dtype is DType.BF16:
         return (tile & 0x7F80) == 0x7F80
+    if dtype is DType.F8_E4M3:  # one NaN of each sign, no infinities
+        return (tile & 0x7F) == 0x7F
+    if dtype is DType.F8_E5M2:
+        return (tile & 0x7C) == 0x7C
     return ~np.isfinite(tile.view(np.float16) if dtype is DType.F16 else tile)
 
 
@@ -210,6 +214,7 @@ def _storage(array: Any, dtype: DType) -> np.ndarray:
         import torch
 
         flat = array.detach().contiguous().reshape(-1)
-        as_ints = flat.view(torch.int16) if dtype.itemsize == 2 else flat
+        narrow = {1: torch.uint8, 2: torch.int16}.get(dtype.itemsize)
+        as_ints = flat if narrow is None else flat.view(narrow)
         return as_ints.numpy().view(dtype.storage)
     return np.ascontiguousarray(array).reshape(-1).view(dtype.storage)

@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import msgspec
 
-from optimer_engine import mergekit, methods
+from optimer_engine import methods
 from optimer_engine.alignment import align
 from optimer_engine.checkpoint import ADAPTER, MODEL, VECTOR, Backend, Checkpoint
 from optimer_engine.errors import MemoryLimitError, MismatchError, RecipeError
 from optimer_engine.hub import locate
 from optimer_engine.layout import Shard, lay_out
-from optimer_engine.lowering import lower
-from optimer_engine.mergekit import MergekitConfig
 from optimer_engine.operands import Operand
 from optimer_engine.recipe import Recipe, Source, decode, read_yaml
 from optimer_engine.runs import DIFFERENCE, JOINED, Row, Run, Treatment, anchored, fold, join
@@ -33,6 +31,7 @@ from optimer_engine.types import DType, TensorInfo, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from optimer_engine.events import Callback
+    from optimer_engine.mergekit import MergekitConfig
     from optimer_engine.report import Report
     from optimer_engine.sink import Sink
 
@@ -264,13 +263,14 @@ def load_recipe(
     Raises:
         RecipeError: naming the key and the nearest right one.
     """
-    if isinstance(recipe, Recipe | MergekitConfig):
+    if not isinstance(recipe, Mapping | str | Path):
         return recipe
     data = recipe if isinstance(recipe, Mapping) else read_yaml(recipe)
-    where = "recipe" if isinstance(recipe, Mapping) else str(recipe)
     if isinstance(data, Mapping) and "merge_method" in data:
+        from optimer_engine import mergekit
+
         return mergekit.load(recipe)
-    return decode(data, Recipe, where)
+    return decode(data, Recipe, "recipe" if isinstance(recipe, Mapping) else str(recipe))
 
 
 def _plan_recipe(recipe: Recipe, every_source: bool, backend: Backend) -> Plan:
@@ -302,7 +302,7 @@ def _plan_recipe(recipe: Recipe, every_source: bool, backend: Backend) -> Plan:
 
 
 def _changed_config(base: Checkpoint, dtype: DType | None, rows: list[Row]) -> dict[str, bytes]:
-    """config.json as a file to write, where dtype or size of vocabulary are not the base's."""
+    """config.json as a file to write, where dtype, vocabulary or scales are not the base's."""
     config = copy.deepcopy(base.config)
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype.torch_name
@@ -311,6 +311,8 @@ def _changed_config(base: Checkpoint, dtype: DType | None, rows: list[Row]) -> d
         before = base.tensors[row.out.name].shape
         if row.out.shape != before and text.get("vocab_size") == before[0]:
             text["vocab_size"] = row.out.shape[0]
+    if base.scales:
+        config.pop("quantization_config", None)
     return {} if config == base.config and dtype is None else {"config.json": _json(config)}
 
 
@@ -319,6 +321,9 @@ def _json(data: Mapping[str, Any]) -> bytes:
 
 
 def _plan_mergekit(config: MergekitConfig, max_shard_size: int | str, backend: Backend) -> Plan:
+    from optimer_engine.lowering import lower
+    from optimer_engine.mergekit import expand
+
     models = config.models()
     opened = tuple(
         Checkpoint.open(locate(model.path, model.revision), backend=backend) for model in models
@@ -329,12 +334,15 @@ def _plan_mergekit(config: MergekitConfig, max_shard_size: int | str, backend: B
         if model.lora is not None
     }
     folders = {model: locate(model.path, model.revision) for model in config.tokenizer_models()}
-    expansion = mergekit.expand(config, dict(zip(models, opened, strict=True)), folders)
+    expansion = expand(config, dict(zip(models, opened, strict=True)), folders)
     rows, treatments = lower(expansion, opened, adapters)
     shards = lay_out((row.out for row in rows), parse_bytes(max_shard_size), MODEL, _FROM_TORCH)
     files = dict(expansion.files)
-    if expansion.config_changes:
-        files["config.json"] = _json(expansion.config)
+    config_json = dict(expansion.config)
+    if opened[expansion.donor].scales:
+        config_json.pop("quantization_config", None)
+    if expansion.config_changes or config_json != expansion.config:
+        files["config.json"] = _json(config_json)
     return Plan(
         config,
         (*opened, *adapters.values()),
@@ -359,8 +367,12 @@ def _treatment(recipe: Recipe) -> Treatment:
     method = methods.get(recipe.method)
     given = []
     for source in recipe.sources:
-        weight = {"weight": source.weight} if "weight" in method.parameters else {}
-        given.append({**weight, **source.parameters})
+        own: dict[str, Any] = {}
+        if "weight" in method.parameters or source.weight != 1.0:
+            own["weight"] = source.weight
+        if "stream" in method.parameters:
+            own["stream"] = source.name  # its mask does not depend on the other sources
+        given.append({**own, **source.parameters})
     settings = method.settings(recipe.parameters, given)
     return Treatment(recipe.method, settings, tuple(range(len(given) + 1)), method.skips_zero)
 

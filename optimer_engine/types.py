@@ -77,7 +77,8 @@ class DType(Enum):
         )
 
 
-MERGEABLE = (DType.BF16, DType.F16, DType.F32, DType.F64)
+MERGEABLE = (DType.BF16, DType.F16, DType.F32, DType.F64, DType.F8_E4M3, DType.F8_E5M2)
+FP8 = (DType.F8_E4M3, DType.F8_E5M2)
 DTYPE_OF_CODE = {dtype.code: dtype for dtype in DType}
 _STORAGE = {DType.BF16: "u2", DType.F16: "u2", DType.F32: "f4", DType.F64: "f8"}
 _HABITS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}

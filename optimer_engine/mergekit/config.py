@@ -8,7 +8,7 @@ recipes in use are full of it, and becomes a warning.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,46 +17,11 @@ import msgspec
 
 from optimer_engine.errors import RecipeError
 from optimer_engine.mergekit import schema
-from optimer_engine.mergekit.reference import ModelRef, Reference, only
-from optimer_engine.mergekit.settings import (
-    SIGNATURES,
-    Setting,
-    Signature,
-    check_parameter,
-    read_setting,
-    typed,
-)
+from optimer_engine.mergekit.reference import ModelRef, only
+from optimer_engine.mergekit.settings import NOT_HERE, SIGNATURES, Signature, signature_of
+from optimer_engine.mergekit.slices import Module, Settings, SliceReader
 from optimer_engine.recipe import decode, read_yaml
 from optimer_engine.types import DType
-
-Settings = dict[str, Setting]
-
-
-@dataclass(frozen=True)
-class Source:
-    """One input of a slice; `layers` is (first, one past the last), None for a whole model."""
-
-    model: ModelRef
-    layers: tuple[int, int] | None
-    parameters: Settings
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Output layers and what they are merged from; `at` is its path in the file."""
-
-    at: str
-    sources: tuple[Source, ...]
-    base: ModelRef | None
-    parameters: Settings
-
-
-@dataclass(frozen=True)
-class Module:
-    """Slices in the order of the output; one without layer ranges where the file says `models`."""
-
-    slices: tuple[Slice, ...]
-    parameters: Settings
 
 
 @dataclass(frozen=True)
@@ -82,7 +47,7 @@ class MergekitConfig:
     """A mergekit recipe (0.1.5) whose every key has been understood; no model is looked up yet.
 
     Attributes:
-        method: the value of merge_method.
+        method: the value of merge_method; `signature`: how it is called.
         modules: by name; "default" for a file with `models` or `slices` at the top.
         parameters: those at the top.
         base: base_model at the top.
@@ -93,6 +58,7 @@ class MergekitConfig:
     """
 
     method: str
+    signature: Signature
     modules: dict[str, Module]
     parameters: Settings
     base: ModelRef | None
@@ -101,11 +67,6 @@ class MergekitConfig:
     chat_template: str | None
     warnings: tuple[str, ...]
     written: dict[str, Any]
-
-    @property
-    def signature(self) -> Signature:
-        """How mergekit calls the method."""
-        return SIGNATURES[self.method]
 
     def models(self) -> tuple[ModelRef, ...]:
         """The models whose weights are read: as the file's inputs name them, then other bases.
@@ -163,17 +124,20 @@ def _resolve(document: schema.Document) -> MergekitConfig:
             where="models, slices, modules",
             todo="write exactly one of the three",
         )
-    if document.merge_method not in SIGNATURES:
+    signature = signature_of(document.merge_method)
+    if signature is None:
         near = difflib.get_close_matches(document.merge_method, SIGNATURES, n=1)
+        here = "known here, only to mergekit" if document.merge_method in NOT_HERE else "a method"
         raise RecipeError(
-            f"no method is named {document.merge_method!r}",
+            f"{document.merge_method!r} is not {here}",
             where="merge_method",
             todo=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(SIGNATURES)}",
         )
-    reader = _Reader(document)
+    reader = SliceReader(document, signature)
     modules = document.modules or {"": schema.Module(document.slices, document.models)}
     return MergekitConfig(
         document.merge_method,
+        signature,
         {
             name or "default": reader.module(module, f"modules.{name}." if name else "")
             for name, module in modules.items()
@@ -186,115 +150,6 @@ def _resolve(document: schema.Document) -> MergekitConfig:
         tuple(reader.warnings),
         _plain(document),
     )
-
-
-class _Reader:
-    """Turns the file's models, slices and parameters into resolved ones, noting warnings."""
-
-    def __init__(self, document: schema.Document) -> None:
-        self.method = document.merge_method
-        self.signature = SIGNATURES[self.method]
-        base = document.base_model
-        self.base = None if base is None else ModelRef.parse(base, "base_model")
-        self.warnings: list[str] = []
-
-    def module(self, module: schema.Module, at: str) -> Module:
-        if bool(module.slices) == bool(module.models):
-            raise RecipeError("needs either models or slices", where=at.rstrip("."))
-        slices = list(self.slices(module, at))
-        for part in slices:
-            self.check(part)
-        return Module(tuple(slices), self.settings(module.parameters, f"{at}parameters"))
-
-    def slices(self, module: schema.Module, at: str) -> Iterator[Slice]:
-        if module.models:
-            sources = []
-            for number, entry in enumerate(module.models):
-                here = f"{at}models[{number}]"
-                sources.append(self.source(entry.model, None, entry.parameters, here, self.base))
-            if self.base is not None and self.base not in [s.model for s in sources]:
-                sources.append(Source(self.base, None, {}))
-            yield Slice(f"{at}models", tuple(sources), self.base, {})
-        for number, part in enumerate(module.slices or []):
-            path = f"{at}slices[{number}]"
-            base = self.base
-            if part.base_model is not None:
-                base = ModelRef.parse(part.base_model, f"{path}.base_model")
-            inputs = tuple(
-                self.source(s.model, s.layer_range, s.parameters, f"{path}.sources[{place}]", base)
-                for place, s in enumerate(part.sources)
-            )
-            yield Slice(path, inputs, base, self.settings(part.parameters, f"{path}.parameters"))
-
-    def source(
-        self,
-        model: Reference,
-        layers: tuple[int, int] | None,
-        parameters: schema.Parameters,
-        at: str,
-        base: ModelRef | None,
-    ) -> Source:
-        if layers is not None and not 0 <= layers[0] < layers[1]:
-            raise RecipeError(
-                f"is {list(layers)}, expected [first, one past the last]", where=f"{at}.layer_range"
-            )
-        reference = ModelRef.parse(model, f"{at}.model")
-        settings = self.settings(parameters, f"{at}.parameters")
-        is_base = reference == base and self.signature.base != "ordinary"
-        for name in [*settings]:
-            path = f"{at}.parameters.{name}"
-            if name in self.signature.shared:
-                self.warnings.append(
-                    f"{path} changes nothing (nor in mergekit): {name} holds for all models; write"
-                    " it at the top, or under a slice"
-                )
-                del settings[name]
-            elif is_base:
-                self.warnings.append(f"{path} changes nothing: the base has no {name}")
-        return Source(reference, layers, settings)
-
-    def settings(self, parameters: schema.Parameters, at: str) -> Settings:
-        """The parameters that the method has, with values of their kind."""
-        known = {**self.signature.shared, **self.signature.per_source}
-        found = {}
-        for name, value in (parameters or {}).items():
-            setting = read_setting(value, f"{at}.{name}")
-            warning = check_parameter(name, self.method, self.signature, f"{at}.{name}")
-            if warning is None:
-                found[name] = typed(setting, known[name].kind, f"{at}.{name}")
-            else:
-                self.warnings.append(warning)
-        return found
-
-    def check(self, part: Slice) -> None:
-        models = [source.model for source in part.sources]
-        twice = sorted({str(model) for model in models if models.count(model) > 1})
-        if twice:
-            raise RecipeError(f"{twice[0]!r} stands twice", where=part.at, todo="name it once")
-        lengths = sorted({s.layers[1] - s.layers[0] for s in part.sources if s.layers})
-        if len(lengths) > 1:
-            counts = " and ".join(map(str, lengths))
-            raise RecipeError(
-                f"its sources have {counts} layers", where=part.at, todo="give each as many"
-            )
-        count = len(models)
-        if self.signature.base == "required" and part.base is None:
-            raise RecipeError(f"{self.method} needs a base", where="base_model", todo="name it")
-        if self.signature.base != "ordinary" and part.base is not None:
-            if part.base not in models:
-                raise RecipeError(
-                    f"the base {str(part.base)!r} is not among the sources",
-                    where=part.at,
-                    todo="add it as a source, with its layer_range",
-                )
-            count -= 1
-        low, high = self.signature.sources
-        if not low <= count <= (count if high is None else high):
-            wanted = f"{low}" if low == high else f"at least {low}"
-            beside = " beside the base" if part.base and self.signature.base != "ordinary" else ""
-            raise RecipeError(
-                f"{self.method} takes {wanted} models{beside}, found {count}", where=part.at
-            )
 
 
 def _dtype(document: schema.Document) -> DType | None:

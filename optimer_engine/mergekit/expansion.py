@@ -26,12 +26,8 @@ from optimer_engine.mergekit.precedence import filters
 from optimer_engine.mergekit.reference import ModelRef
 from optimer_engine.mergekit.rowmap import RowMap
 from optimer_engine.mergekit.templates import choose_template
-from optimer_engine.mergekit.tokenizer import (
-    TOKENIZER_FILES,
-    TokenizerPlan,
-    build_tokenizer,
-    dump_json,
-)
+from optimer_engine.mergekit.tokenizer import TokenizerPlan, build_tokenizer
+from optimer_engine.mergekit.tokenizer_json import TOKENIZER_FILES, dump_json
 from optimer_engine.tensor_recipe import TensorRecipe
 from optimer_engine.types import DType
 

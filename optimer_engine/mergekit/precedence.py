@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from optimer_engine.mergekit.config import MergekitConfig, Module, Settings, Slice
+from optimer_engine.mergekit.config import MergekitConfig
 from optimer_engine.mergekit.settings import evaluate
+from optimer_engine.mergekit.slices import Module, Settings, Slice
 from optimer_engine.tensor_recipe import Settings as TensorSettings
 
 

@@ -108,15 +108,34 @@ SIGNATURES: dict[str, Signature] = {
     "model_stock": Signature("required", (2, None), {"filter_wise": _flag(False)}),
     "arcee_fusion": Signature("required", (1, 1)),
     "nearswap": Signature("required", (1, 1), {"t": _NEEDED}),
-    "ram": Signature("required", (0, None), {"epsilon": _number(1e-5)}),
-    "ramplus_tl": Signature(
-        "required",
-        (0, None),
-        {"r": _number(0.1), "alpha": _number(0.2), "epsilon": _number(1e-5)},
-    ),
     "passthrough": Signature("ordinary", (1, 1), {}, {"scale": _number(1.0)}),
 }
-"""Every method of mergekit 0.1.5, with its defaults."""
+"""The methods of mergekit 0.1.5 that this engine has, with mergekit's defaults."""
+
+NOT_HERE = ("ram", "ramplus_tl")
+"""Methods that mergekit has beside them."""
+
+
+def signature_of(method: str) -> Signature | None:
+    """mergekit's signature of a method, or that of one that a user registered; None for neither."""
+    from optimer_engine.methods import protocol, registry
+
+    if method in SIGNATURES or method not in registry.names():
+        return SIGNATURES.get(method)
+    own = registry.get(method)
+    shared: dict[str, Parameter] = {}
+    per_source: dict[str, Parameter] = {}
+    for name, given in own.parameters.items():
+        kind = _KINDS.get(given.kind)
+        if kind is not None:
+            required = given.default is protocol.REQUIRED
+            parameter = Parameter(kind, None if required else given.default, required)
+            (per_source if given.per_source else shared)[name] = parameter
+    base: Base = "ordinary" if own.base == "unused" else own.base
+    return Signature(base, (own.min_sources, own.max_sources), shared, per_source)
+
+
+_KINDS: dict[type, Kind] = {float: "float", int: "int", bool: "bool"}
 
 ALL_PARAMETERS = sorted(
     {name for s in SIGNATURES.values() for name in (*s.shared, *s.per_source, *s.inert)}

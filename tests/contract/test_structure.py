@@ -20,7 +20,7 @@ PACKAGE = ROOT / "optimer_engine"
 ORDER = [
     "errors", "durable", "types", "tensor_recipe", "strict_yaml", "recipe", "safetensors_format",
     "checkpoint", "hub", "report", "journal", "events", "progress",
-    "methods", "operands", "resized", "adapter", "vectors", "runs", "mergekit", "alignment", "layout", "lowering", "planner", "explain",
+    "methods", "operands", "resized", "quantized", "adapter", "vectors", "runs", "mergekit", "alignment", "layout", "lowering", "planner", "explain",
     "ops", "sink", "shard_file", "folder_sink", "engine", "iteration", "spread", "verify",
     "search", "train", "demo", "cli",
 ]  # fmt: skip

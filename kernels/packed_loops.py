@@ -1,0 +1,575 @@
+# mypy: disable-error-code="call-arg, var-annotated"
+"""The loops of `kernels.packed`. Imports numba: compiling only.
+
+Blocks are typed views of scratch memory; the width of their elements is a constant of the code.
+Narrow integer shifts are spelled out as instructions, since the compiler would widen them to 64
+bits. A "value" below is an unsigned integer as wide as the trained dtype.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from .elements import array, bits_of_f32, f32_of_bits, reader, writer
+from .reference import STORAGE
+from .reference_packed import (
+    BLOCK,
+    CHUNK_BLOCKS,
+    GROUP,
+    HEADER_BYTES,
+    MAX_LAYER_BITS,
+    SAME,
+)
+
+loop = njit(error_model="numpy")
+
+
+def _binary(name):
+    """An intrinsic for one instruction on two integers of one type: no widening."""
+
+    @intrinsic
+    def operate(_context, left, right):
+        def generate(_target_context, builder, _signature, args):
+            return getattr(builder, name)(args[0], args[1])
+
+        return left(left, left), generate
+
+    return operate
+
+
+_shl, _shr = _binary("shl"), _binary("lshr")
+
+
+@intrinsic
+def _bits(_context, value):
+    """The width of the type of `value`, known to the compiler (an array's itemsize is not)."""
+
+    def generate(context, _builder, _signature, _args):
+        return context.get_constant(types.int64, value.bitwidth)
+
+    return types.int64(value), generate
+
+
+@intrinsic
+def _trailing_zeros(_context, value):
+    """Of a uint64 that is not zero."""
+
+    def generate(_target_context, builder, _signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def _ones(_context, value):
+    """How many bits of a uint64 are set."""
+
+    def generate(_target_context, builder, _signature, args):
+        return builder.ctpop(args[0])
+
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
+def _flags(_context, address, limit):
+    """Bit j: whether element j of the 64 at `address` is greater than `limit`, unsigned."""
+
+    def generate(_target_context, builder, _signature, args):
+        vector = ir.VectorType(ir.IntType(limit.bitwidth), 64)
+        values = builder.load(builder.inttoptr(args[0], vector.as_pointer()), align=1)
+        flags = builder.icmp_unsigned(">", values, _spread(builder, args[1], 64))
+        return builder.bitcast(flags, ir.IntType(64))
+
+    return types.uint64(types.int64, limit), generate
+
+
+def _spread(builder, value, lanes):
+    """LLVM steps: a vector of `lanes` times `value`."""
+    vector = ir.VectorType(value.type, lanes)
+    places = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    first = ir.Constant(ir.IntType(32), 0)
+    alone = builder.insert_element(ir.Constant(vector, ir.Undefined), value, first)
+    return builder.shuffle_vector(alone, alone, places)
+
+
+@intrinsic
+def _load64(_context, address):
+    """The little-endian uint64 at any address."""
+
+    def generate(_target_context, builder, _signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load(pointer, align=1)
+
+    return types.uint64(types.int64), generate
+
+
+@intrinsic
+def _store64(_context, address, value):
+    """Write a little-endian uint64 to any address."""
+
+    def generate(context, builder, _signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        builder.store(args[1], pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint64), generate
+
+
+def filler(base_code: int, code: int, dtype: type):
+    """A jitted (base, start, n, reference) that fills reference[:n] for elements start.. of `base`.
+
+    base_code: of the array at `base`, or SAME; code: of the trained elements, `dtype`
+    their bits. See `reference_packed.reference_bits`.
+    """
+    itemsize = np.dtype(dtype).itemsize
+    if base_code == SAME:
+
+        @loop
+        def fill(base, start, n, reference):
+            bits = array(base + start * itemsize, dtype, n)
+            for j in range(n):
+                reference[j] = bits[j]
+
+    else:
+        read, write = reader(base_code), writer(code, True)
+        size = STORAGE[base_code].itemsize
+
+        @loop
+        def fill(base, start, n, reference):
+            for j in range(n):
+                value = np.float64(read(base + start * size, j))
+                write(reference.ctypes.data, j, value if value == value else 0.0)
+
+    return fill
+
+
+@loop
+def _distances(trained, reference, n, z):
+    """z[:n] = distance from reference to trained; the rest of the block is 0. Returns their OR."""
+    unsigned = z.dtype.type
+    last = unsigned(_bits(unsigned(0)) - 1)
+    top = _shl(unsigned(1), last)
+    nothing, one = unsigned(0), unsigned(1)
+    seen = nothing
+    for j in range(n):
+        new = unsigned(trained[j] ^ unsigned(unsigned(nothing - _shr(trained[j], last)) | top))
+        old = unsigned(reference[j] ^ unsigned(unsigned(nothing - _shr(reference[j], last)) | top))
+        steps = unsigned(new - old)
+        z[j] = unsigned(_shl(steps, one) ^ unsigned(nothing - _shr(steps, last)))
+        seen = unsigned(seen | z[j])
+    for j in range(n, BLOCK):
+        z[j] = nothing
+    return seen
+
+
+@loop
+def _move(z, reference, n, out):
+    """out[j] = reference[j] moved by the distance z[j]: the trained bits."""
+    unsigned = z.dtype.type
+    last = unsigned(_bits(unsigned(0)) - 1)
+    top = _shl(unsigned(1), last)
+    nothing, one = unsigned(0), unsigned(1)
+    for j in range(n):
+        steps = unsigned(_shr(z[j], one) ^ unsigned(nothing - unsigned(z[j] & one)))
+        old = unsigned(reference[j] ^ unsigned(unsigned(nothing - _shr(reference[j], last)) | top))
+        place = unsigned(old + steps)
+        out[j] = unsigned(place ^ unsigned(unsigned(_shr(place, last) - one) | top))
+
+
+@loop
+def _choose(z, top, counts):
+    """The layers' widths, as `reference_packed.widths` finds them."""
+    unsigned = z.dtype.type
+    best, w1_best, w2_best, w3_best = BLOCK * top, top, 0, 0
+    counts[top] = 0
+    for w1 in range(top - 1, -1, -1):
+        limit = unsigned(_shl(unsigned(1), unsigned(w1)) - unsigned(1))
+        total = 0
+        for start in range(0, BLOCK, 64):
+            total += _ones(_flags(z.ctypes.data + start * z.itemsize, limit))
+        counts[w1] = total
+        if total > BLOCK // 2:
+            break
+        for w2 in range(max(1, top - w1 - MAX_LAYER_BITS), min(MAX_LAYER_BITS, top - w1) + 1):
+            n2 = counts[w1 + w2]
+            w3 = top - w1 - w2
+            cost = BLOCK * w1 + BLOCK + total * w2
+            if n2:
+                cost += total + n2 * w3
+            if cost < best:
+                best, w1_best, w2_best, w3_best = cost, w1, w2, w3
+    return w1_best, w2_best, w3_best
+
+
+def _row(steps):
+    """An intrinsic on one row of lanes as a single vector, whatever the machine's vectors are.
+
+    As a loop this would be unrolled, not vectorised. `steps` makes the new row at `target` from
+    the builder, the rows at `target`, `source` and `other`, and the spread-out shifts and mask.
+    """
+
+    @intrinsic
+    def operate(_context, target, source, other, by, back, mask):
+        def generate(context, builder, _signature, args):
+            lanes = BLOCK // mask.bitwidth
+            vector = ir.VectorType(ir.IntType(mask.bitwidth), lanes)
+            rows = [builder.inttoptr(address, vector.as_pointer()) for address in args[:3]]
+
+            def load(row):
+                return builder.load(rows[row], align=1)
+
+            result = steps(builder, load, *(_spread(builder, arg, lanes) for arg in args[3:]))
+            builder.store(result, rows[0], align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, mask, mask, mask), generate
+
+    return operate
+
+
+_get_row = _row(lambda b, load, by, back, mask: b.and_(b.lshr(load(1), by), mask))
+_get_split_row = _row(
+    lambda b, load, by, back, mask: b.and_(b.or_(b.lshr(load(1), by), b.shl(load(2), back)), mask)
+)
+_put_row = _row(lambda b, load, by, back, mask: b.and_(load(1), mask))
+_add_row = _row(lambda b, load, by, back, mask: b.or_(load(0), b.shl(b.and_(load(1), mask), by)))
+_put_rest_of_row = _row(lambda b, load, by, back, mask: b.lshr(b.and_(load(1), mask), back))
+
+
+@loop
+def _pack_lanes(z, width, address):
+    """The first layer: see `reference_packed._lanes`."""
+    unsigned = z.dtype.type
+    bits = _bits(unsigned(0))
+    mask = unsigned(~unsigned(0))
+    if width < bits:
+        mask = unsigned(_shl(unsigned(1), unsigned(width)) - unsigned(1))
+    for row in range(bits):
+        at = z.ctypes.data + row * (BLOCK // 8)
+        word, shift = row * width // bits, row * width % bits
+        low = address + word * (BLOCK // 8)
+        by, back = unsigned(shift), unsigned(bits - shift)
+        if shift == 0:
+            _put_row(low, at, at, by, by, mask)
+        else:
+            _add_row(low, at, at, by, by, mask)
+        if shift + width > bits:
+            _put_rest_of_row(low + BLOCK // 8, at, at, by, back, mask)
+
+
+@loop
+def _unpack_lanes(address, width, z):
+    unsigned = z.dtype.type
+    bits = _bits(unsigned(0))
+    mask = unsigned(~unsigned(0))
+    if width < bits:
+        mask = unsigned(_shl(unsigned(1), unsigned(width)) - unsigned(1))
+    for row in range(bits):
+        at = z.ctypes.data + row * (BLOCK // 8)
+        word, shift = row * width // bits, row * width % bits
+        low = address + word * (BLOCK // 8)
+        by, back = unsigned(shift), unsigned(bits - shift)
+        if shift + width <= bits:
+            _get_row(at, low, low, by, by, mask)
+        else:
+            _get_split_row(at, low, low + BLOCK // 8, by, back, mask)
+
+
+@loop
+def _put_bit_string(values, count, width, address):
+    """Values as a bit string of whole 64-bit words; returns its bytes. width <= MAX_LAYER_BITS."""
+    mask = np.uint64((np.uint64(1) << np.uint64(width)) - np.uint64(1))
+    held, used, at = np.uint64(0), 0, address
+    for i in range(count):
+        value = np.uint64(np.uint64(values[i]) & mask)
+        held = np.uint64(held | (value << np.uint64(used)))
+        used += width
+        if used >= 64:
+            _store64(at, held)
+            at += 8
+            used -= 64
+            held = np.uint64(value >> np.uint64(width - used)) if used else np.uint64(0)
+    if used:
+        _store64(at, held)
+        at += 8
+    return at - address
+
+
+@loop
+def _put_flagged(values, count, width, address, high):
+    """A bitmap of the values with bits beyond `width`, at `address`; those bits into high[:].
+
+    Returns how many there are. `values` is 0 from `count` on.
+    """
+    unsigned = values.dtype.type
+    by = unsigned(width)
+    limit = unsigned(_shl(unsigned(1), by) - unsigned(1))
+    found = 0
+    for start in range(0, count, 64):
+        word = _flags(values.ctypes.data + start * values.itemsize, limit)
+        _store64(address + start // 8, word)
+        while word:
+            j = start + np.int64(_trailing_zeros(word))
+            high[found] = _shr(values[j], by)
+            found += 1
+            word = np.uint64(word & np.uint64(word - np.uint64(1)))
+    return found
+
+
+@loop
+def _pack_block(z, seen, second, third, counts, address):
+    """Write a block to `address`; returns its bytes."""
+    unsigned = z.dtype.type
+    top = 0
+    while top < 64 and np.uint64(seen) >> np.uint64(top):
+        top += 1
+    w1, w2, w3 = _choose(z, top, counts)
+    n1, n2 = 0, 0
+    at = address + HEADER_BYTES
+    _pack_lanes(z, w1, at)
+    at += w1 * (BLOCK // 8)
+    if w2:
+        n1 = _put_flagged(z, BLOCK, w1, at, second)
+        at += BLOCK // 8
+        at += _put_bit_string(second, n1, w2, at)
+    if w3:
+        for j in range(n1, (n1 + 63) // 64 * 64):
+            second[j] = unsigned(0)
+        n2 = _put_flagged(second, n1, w2, at, third)
+        at += (n1 + 63) // 64 * 8
+        at += _put_bit_string(third, n2, w3, at)
+    header = np.uint64(w1 | (w2 << 8) | (w3 << 16) | (n1 << 32) | (n2 << 48))
+    _store64(address, header)
+    return at - address
+
+
+@loop
+def blocks_at(scratch, dtype):
+    """Four blocks of `dtype` in the scratch memory."""
+    step = 8 * BLOCK
+    return (
+        array(scratch, dtype, BLOCK),
+        array(scratch + step, dtype, BLOCK),
+        array(scratch + 2 * step, dtype, BLOCK),
+        array(scratch + 3 * step, dtype, BLOCK),
+    )
+
+
+@loop
+def pack_chunks(trained, base, elems, out, sizes, blocks, counts, fill):
+    """`packed.pack_exact` on typed scratch; returns the bytes written to `out`."""
+    z, reference, second, third = blocks
+    unsigned = z.dtype.type
+    at, chunk_start, chunk = out, out, 0
+    for start in range(0, elems, BLOCK):
+        n = min(BLOCK, elems - start)
+        fill(base, start, n, reference)
+        bits = array(trained + start * z.itemsize, unsigned, n)
+        seen = _distances(bits, reference, n, z)
+        at += _pack_block(z, seen, second, third, counts, at)
+        if start // BLOCK % CHUNK_BLOCKS == CHUNK_BLOCKS - 1 or start + n == elems:
+            sizes[chunk] = at - chunk_start
+            chunk_start = at
+            chunk += 1
+    return at - out
+
+
+@loop
+def _block_bytes(header, bits):
+    """Bytes of the block with this header, or 0 for a header that no block can have."""
+    w1, w2, w3 = header & 0xFF, (header >> 8) & 0xFF, (header >> 16) & 0xFF
+    n1, n2 = (header >> 32) & 0xFFFF, (header >> 48) & 0xFFFF
+    if (header >> 24) & 0xFF or w1 + w2 + w3 > bits or max(w2, w3) > MAX_LAYER_BITS:
+        return 0
+    if n1 > BLOCK or n2 > n1 or (n1 == 0) != (w2 == 0) or (n2 == 0) != (w3 == 0):
+        return 0
+    size = HEADER_BYTES + w1 * (BLOCK // 8)
+    if n1:
+        size += BLOCK // 8 + (n1 * w2 + 63) // 64 * 8
+    if n2:
+        size += (n1 + 63) // 64 * 8 + (n2 * w3 + 63) // 64 * 8
+    return size
+
+
+@loop
+def _add_flagged(values, count, width, bitmap, address, high_count, high_width):
+    """values[i] |= high << width for the marked i; False if their number is not high_count."""
+    unsigned = values.dtype.type
+    by = unsigned(width)
+    mask = np.uint64((np.uint64(1) << np.uint64(high_width)) - np.uint64(1))
+    found, bit = 0, 0
+    for start in range(0, count, 64):
+        word = _load64(bitmap + start // 8)
+        while word:
+            j = start + np.int64(_trailing_zeros(word))
+            if j >= count or found == high_count:
+                return False
+            high = (_load64(address + bit // 8) >> np.uint64(bit % 8)) & mask
+            values[j] = unsigned(values[j] | _shl(unsigned(high), by))
+            bit += high_width
+            found += 1
+            word = np.uint64(word & np.uint64(word - np.uint64(1)))
+    return found == high_count
+
+
+@loop
+def _get_bit_string(address, count, width, values):
+    unsigned = values.dtype.type
+    mask = np.uint64((np.uint64(1) << np.uint64(width)) - np.uint64(1))
+    bit = 0
+    for i in range(count):
+        word = _load64(address + bit // 8)
+        values[i] = unsigned((word >> np.uint64(bit % 8)) & mask)
+        bit += width
+
+
+@loop
+def _add_listed(values, count, width, bitmap, high, high_count):
+    """As `_add_flagged`, with the high parts in an array."""
+    unsigned = values.dtype.type
+    by = unsigned(width)
+    found = 0
+    for start in range(0, count, 64):
+        word = _load64(bitmap + start // 8)
+        while word:
+            j = start + np.int64(_trailing_zeros(word))
+            if j >= count or found == high_count:
+                return False
+            values[j] = unsigned(values[j] | _shl(high[found], by))
+            found += 1
+            word = np.uint64(word & np.uint64(word - np.uint64(1)))
+    return found == high_count
+
+
+@loop
+def _unpack_block(address, header, z, second):
+    """z = the block's distances; False when a bitmap does not mark as many as the header says."""
+    unsigned = z.dtype.type
+    w1, w2, w3 = header & 0xFF, (header >> 8) & 0xFF, (header >> 16) & 0xFF
+    n1, n2 = (header >> 32) & 0xFFFF, (header >> 48) & 0xFFFF
+    at = address + HEADER_BYTES
+    if w1:
+        _unpack_lanes(at, w1, z)
+    else:
+        for j in range(BLOCK):
+            z[j] = unsigned(0)
+    at += w1 * (BLOCK // 8)
+    if n1 == 0:
+        return True
+    strings = at + BLOCK // 8
+    if n2 == 0:
+        return _add_flagged(z, BLOCK, w1, at, strings, n1, w2)
+    _get_bit_string(strings, n1, w2, second)
+    again = strings + (n1 * w2 + 63) // 64 * 8
+    if not _add_flagged(second, n1, w2, again, again + (n1 + 63) // 64 * 8, n2, w3):
+        return False
+    return _add_listed(z, BLOCK, w1, at, second, n1)
+
+
+@loop
+def unpack_chunks(data, sizes, skip, left, elems, base, out, blocks, fill):
+    """`packed.unpack_exact`; 0, or 1 + the number of the first block not as it must be."""
+    z, reference, second, _ = blocks
+    unsigned = z.dtype.type
+    block, chunk, done = 0, 0, 0
+    at, end = data, data
+    while done < elems:
+        if block % CHUNK_BLOCKS == 0:
+            if at != end:
+                return block
+            end = at + sizes[chunk]
+            chunk += 1
+        first = block * BLOCK
+        header, size = np.int64(0), 0
+        if end - at >= HEADER_BYTES:
+            header = np.int64(_load64(at))
+            size = _block_bytes(header, _bits(unsigned(0)))
+        is_last = first + BLOCK >= left
+        if size == 0 or size > end - at or (is_last and size != end - at):
+            return block + 1
+        if first + BLOCK > skip:
+            if not _unpack_block(at, header, z, second):
+                return block + 1
+            inside = max(skip - first, 0)
+            n = min(BLOCK - inside, elems - done)
+            fill(base, done, n, reference)
+            target = array(out + done * z.itemsize, unsigned, n)
+            _move(z[inside:], reference, n, target)
+            done += n
+        at += size
+        block += 1
+    return 0
+
+
+@loop
+def quantise_groups(values, elems, bits, packed, scales):
+    """fp32 at `values` as int8 or int4; see `reference_packed.quantise`.
+
+    Args:
+        packed: address of GROUP * bits / 8 bytes for every group begun; scales: of one uint16 each.
+    """
+    level = np.float32(127 if bits == 8 else 7)
+    source = array(values, np.float32, elems)
+    scale_bits = array(scales, np.uint16, (elems + GROUP - 1) // GROUP)
+    half = GROUP // 2
+    for start in range(0, elems, GROUP):
+        n = min(GROUP, elems - start)
+        largest = np.float32(0)
+        for j in range(start, start + n):
+            magnitude = abs(source[j])
+            largest = magnitude if magnitude > largest else largest
+        up = np.uint32(bits_of_f32(largest / level) + np.uint32(0xFFFF)) >> np.uint32(16)
+        up = max(np.uint32(up), np.uint32(largest > np.float32(0)))
+        scale_bits[start // GROUP] = np.uint16(up)
+        scale = f32_of_bits(np.uint32(np.uint32(up) << np.uint32(16)))
+        divisor = scale if up else np.float32(1)
+        if bits == 8:
+            out = array(packed + start, np.int8, GROUP)
+            for j in range(n):
+                quotient = min(max(source[start + j] / divisor, -level), level)
+                out[j] = np.int8(np.rint(quotient))
+            for j in range(n, GROUP):
+                out[j] = np.int8(0)
+        else:
+            pairs = array(packed + start // 2, np.uint8, half)
+            for j in range(half):
+                low = high = np.float32(0)
+                if j < n:
+                    low = min(max(source[start + j] / divisor, -level), level)
+                if half + j < n:
+                    high = min(max(source[start + half + j] / divisor, -level), level)
+                low_bits = np.int32(np.rint(low)) & np.int32(15)
+                high_bits = np.int32(np.rint(high)) & np.int32(15)
+                pairs[j] = np.uint8(low_bits | (high_bits << np.int32(4)))
+
+
+@loop
+def dequantise_groups(packed, scales, bits, skip, elems, out):
+    """The fp32 values of `elems` elements to `out`.
+
+    Args:
+        packed, scales: addresses of the group in which they begin; skip: its elements left out.
+    """
+    groups = -(-(skip + elems) // GROUP)
+    target = array(out, np.float32, elems)
+    scale_bits = array(scales, np.uint16, groups)
+    half = GROUP // 2
+    for group in range(groups):
+        scale = f32_of_bits(np.uint32(np.uint32(scale_bits[group]) << np.uint32(16)))
+        begin = group * GROUP - skip
+        low, high = max(0, -begin), min(GROUP, elems - begin)
+        if bits == 8:
+            signed = array(packed + group * GROUP, np.int8, GROUP)
+            for j in range(low, high):
+                target[begin + j] = np.float32(signed[j]) * scale
+        else:
+            pairs = array(packed + group * half, np.uint8, half)
+            for j in range(low, min(high, half)):
+                q = np.int32(np.int32(pairs[j] & np.uint8(15)) ^ np.int32(8)) - np.int32(8)
+                target[begin + j] = np.float32(q) * scale
+            for j in range(max(low, half), high):
+                q = np.int32(np.int32(pairs[j - half] >> np.uint8(4)) ^ np.int32(8)) - np.int32(8)
+                target[begin + j] = np.float32(q) * scale
