@@ -25,13 +25,16 @@ from optimer_engine.checkpoint import Backend
 from optimer_engine.errors import MismatchError, NonFiniteError, quoted
 from optimer_engine.events import Advanced, Callback, Event, Finished, Started
 from optimer_engine.folder_sink import FolderSink
+from optimer_engine.kept import Kept
 from optimer_engine.methods.protocol import Pass, Statistics
+from optimer_engine.methods.sparse import stream as random_stream
 from optimer_engine.operands import Stored
 from optimer_engine.planner import MEM_LIMIT, Plan, plan, plan_difference
 from optimer_engine.recipe import Recipe, fingerprint
 from optimer_engine.report import Report, peak_mem_bytes, versions
 from optimer_engine.runs import DIFFERENCE, Run
 from optimer_engine.sink import Sink
+from optimer_engine.types import DType
 
 if TYPE_CHECKING:
     from optimer_engine.mergekit import MergekitConfig
@@ -49,6 +52,8 @@ def merge(
     discard: bool = False,
     part: tuple[int, int] = (1, 1),
     max_shard_size: int | str | None = None,
+    compat: str | None = None,
+    seed: int | None = None,
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
     backend: Backend = "pread",
@@ -65,7 +70,7 @@ def merge(
         discard: start afresh instead of continuing.
         part: (i, n) to write only the i-th of n parts, counted from 1; n runs, on any machines that
             share the disk, make one output, and the one that ends last publishes it.
-        max_shard_size: bytes per output file, in place of the recipe's.
+        max_shard_size, compat, seed: see `planner.plan`.
         backend: how inputs are read: "pread", or "mmap" (see `checkpoint`).
 
     Raises:
@@ -78,6 +83,8 @@ def merge(
         threads=threads,
         every_source=False,
         max_shard_size=max_shard_size,
+        compat=compat,
+        seed=seed,
         part=part,
         backend=backend,
     )
@@ -134,7 +141,7 @@ def run(
         execution.run()
         for checkpoint in made.read_checkpoints.values():
             checkpoint.check_unchanged()
-        report = _report(made, execution.bytes_read, time.perf_counter() - started)
+        report = _report(made, execution, time.perf_counter() - started)
         sink.commit(report)
     except BaseException as error:
         sink.abort(error)
@@ -209,6 +216,7 @@ class _Execution:
     ) -> None:
         self.plan, self.sink, self.callbacks, self.kernel = made, sink, callbacks, kernel
         self.bytes_read = 0
+        self.kept = Kept()
         self.changed = threading.Condition()
         self.stop = threading.Event()
         self.runs = iter(made.runs())
@@ -296,9 +304,10 @@ class _Execution:
                     self._refuse_unequal(run, start, stop, number)
             self.sink.write_run(run, start, tiles[0])
             return read_bytes, out_bytes
-        out = ring[-1][: (stop - start) * run.out.dtype.itemsize].view(run.out.dtype.storage)
+        out = _row(ring[-1], stop - start, run.out.dtype)
+        computed = out if run.computed is run.out.dtype else _row(ring[-2], stop - start, DType.F32)
         if job.method is None:
-            bad = self._linear(run, tiles, out)
+            bad = self._linear(run, tiles, computed)
         else:
             operands = [
                 methods.Operand(tile, operand.dtype, operand.is_delta)
@@ -311,9 +320,16 @@ class _Execution:
                     accumulator = job.accumulator()
                 job.wanted.map(cut, accumulator)
                 return read_bytes, 0
-            bad = job.method.merge(cut, job.state, out)
+            bad = job.method.merge(cut, job.state, computed)
+        if computed is not out:
+            for info, first, low, high in run.parts(start, stop):
+                part = slice(low - start, high - start)
+                key = random_stream(self.plan.rounding_seed or 0, "rounding", info.name)
+                bad |= ops.round_stochastically(computed[part], out[part], first, key)
         if bad:
             self._refuse_nonfinite(run, start, stop, tiles)
+        if job.method is None and run.treatment.method != DIFFERENCE:
+            self.kept.add(run, start, tiles, out)
         self.sink.write_run(run, start, out)
         return read_bytes, out_bytes
 
@@ -328,7 +344,7 @@ class _Execution:
             [operand.is_delta for _, operand in run.sources],
             [weights[number] for number, _ in run.sources],
             out,
-            run.out.dtype,
+            run.computed,
             run.treatment.method != DIFFERENCE,
         )
 
@@ -368,6 +384,10 @@ class _Execution:
         )
 
 
+def _row(buffer: np.ndarray, elems: int, dtype: DType) -> np.ndarray:
+    return buffer[: elems * dtype.itemsize].view(dtype.storage)
+
+
 def _read(run: Run, start: int, stop: int, ring: np.ndarray) -> list[np.ndarray]:
     """The tile of every operand, the base first."""
     tiles: list[np.ndarray] = []
@@ -382,7 +402,7 @@ def _operation(made: Plan) -> str:
     return "base + sum_i w_i * tau_i" if used == ["task_arithmetic"] else ", ".join(used)
 
 
-def _report(made: Plan, bytes_read: int, wall_s: float) -> Report:
+def _report(made: Plan, execution: _Execution, wall_s: float) -> Report:
     extracted = any(treatment.method == DIFFERENCE for treatment in made.treatments)
     read = made.read_checkpoints.items()
     return Report(
@@ -390,9 +410,10 @@ def _report(made: Plan, bytes_read: int, wall_s: float) -> Report:
         recipe=made.written_recipe,
         recipe_fingerprint=fingerprint(made.written_recipe),
         fingerprints={name: checkpoint.fingerprint for name, checkpoint in read},
-        max_shard_size=made.max_shard_size,
+        options=dict(made.options),
         tensors=len(made.rows),
-        bytes_read=bytes_read,
+        kept={made.names[i]: share for i, share in execution.kept.shares().items()},
+        bytes_read=execution.bytes_read,
         bytes_written=made.out_bytes,
         wall_s=wall_s,
         threads=made.threads,

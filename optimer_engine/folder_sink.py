@@ -324,6 +324,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
     return {
         "numerics_version": NUMERICS_VERSION,
         "part": list(plan.part),
+        "rounding_seed": plan.rounding_seed,
         "inputs": [checkpoint.fingerprint for checkpoint in plan.read_checkpoints.values()],
         "treatments": [
             json.dumps([t.method, t.settings.shared, t.settings.per_source, t.checkpoints])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 from optimer_engine import methods
 from optimer_engine.adapter import Adapted, LowRank, adapter_tensors
@@ -21,13 +22,17 @@ Given = TensorInfo | Operand | None
 
 
 def lower(
-    expansion: Expansion, checkpoints: tuple[Checkpoint, ...], adapters: dict[int, Checkpoint]
+    expansion: Expansion,
+    checkpoints: tuple[Checkpoint, ...],
+    adapters: dict[int, Checkpoint],
+    options: Mapping[str, Any],
 ) -> tuple[list[Row], list[Treatment]]:
     """The rows of an expansion, not yet placed, and their treatments.
 
     Args:
         checkpoints: opened, in the order of `expansion.models`.
         adapters: the adapter of each model that has one, by the model's number.
+        options: `compat` and `seed`, which mergekit's files cannot say.
 
     Raises:
         RecipeError: a method's parameters, or its inputs, are not as it needs them.
@@ -37,7 +42,7 @@ def lower(
     treatments: dict[Treatment, int] = {}
     rows = []
     for recipe in expansion.rows:
-        unfolded = _treatment(recipe)
+        unfolded = _treatment(recipe, options)
         treatment = _fold(unfolded)
         joined = treatment.method in JOINED
         base = None if recipe.base is None else inputs.theta(recipe, recipe.base)
@@ -49,15 +54,17 @@ def lower(
     return rows, list(treatments)
 
 
-def _treatment(recipe: TensorRecipe) -> Treatment:
+def _treatment(recipe: TensorRecipe, options: Mapping[str, Any]) -> Treatment:
     base = -1 if recipe.base is None else recipe.base.checkpoint
     numbers = (base, *(ref.checkpoint for ref in recipe.sources))
     if recipe.method == "copy":
         weights = Settings.of({}, [{"weight": 1.0} for _ in recipe.sources])
         return Treatment("task_arithmetic", weights, numbers)
     method = methods.get(recipe.method)
-    shared, given = dict(recipe.settings.shared), map(dict, recipe.settings.per_source)
-    settings = method.settings(shared, list(given))
+    known = {"compat", *method.parameters}
+    shared = {key: value for key, value in options.items() if key in known}
+    given = [dict(pairs) for pairs in recipe.settings.per_source]
+    settings = method.settings({**shared, **dict(recipe.settings.shared)}, given)
     return Treatment(recipe.method, settings, numbers, method.skips_zero)
 
 

@@ -47,6 +47,15 @@ def linear_kernel(impl: Impl = "auto") -> Kernel:
     return run
 
 
+def round_stochastically(
+    values: np.ndarray, out: np.ndarray, start: int, stream: list[int]
+) -> bool:
+    """fp32 to bf16 by chance; see `kernels.stochastic`."""
+    from optimer_engine.kernels import stochastic
+
+    return stochastic.round_stochastically(values, out, start, stream)
+
+
 def _implementation(impl: Impl) -> Kernel:
     """The kernel, by dtype codes instead of DTypes."""
     if impl in ("auto", "cpu"):

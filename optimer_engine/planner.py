@@ -59,7 +59,7 @@ class Plan:
         warnings: what was noticed and not refused.
         donor: number of the checkpoint that configuration and tokenizer files come from; `files`
             are written in place of its own, `omitted` are not copied.
-        max_shard_size: what was asked for beside the recipe.
+        options: keywords of `plan` that decide the output's bytes, beside the recipe.
     """
 
     recipe: Recipe | MergekitConfig
@@ -76,7 +76,7 @@ class Plan:
     donor: int = 0
     files: Mapping[str, bytes] = field(default_factory=dict)
     omitted: tuple[str, ...] = ()
-    max_shard_size: int | str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def base(self) -> Checkpoint:
@@ -142,6 +142,7 @@ class Plan:
     def ring_shape(self) -> tuple[int, int]:
         """(operands and the output, bytes of each) of a thread's buffers."""
         rows = max((len(treatment.checkpoints) for treatment in self.treatments), default=1) + 1
+        rows += self.rounding_seed is not None
         widths = (run.tile_elems(self.tile_bytes) * run.widest for run in self._method_runs())
         return rows, max([self.tile_bytes, *widths]) + 4096 + 64
 
@@ -190,7 +191,15 @@ class Plan:
         """The whole output as runs, in file order; sources of weight 0 are not read."""
         own = set(self.own_shards)
         rows = [row for row in self.rows if row.out.file in own] if self.part[1] > 1 else self.rows
-        return join(rows, self.treatments, self.checkpoints)
+        return join(rows, self.treatments, self.checkpoints, self.rounding_seed is not None)
+
+    @property
+    def rounding_seed(self) -> int | None:
+        """The seed of stochastic rounding; None where results go to the nearest."""
+        recipe = self.recipe
+        if isinstance(recipe, Recipe) and recipe.rounding == "stochastic":
+            return recipe.seed
+        return None
 
     def run(
         self, sink: Sink, *, threads: int | None = None, callbacks: Sequence[Callback] = ()
@@ -220,6 +229,8 @@ def plan(
     threads: int | None = None,
     every_source: bool = True,
     max_shard_size: int | str | None = None,
+    compat: str | None = None,
+    seed: int | None = None,
     part: tuple[int, int] = (1, 1),
     backend: Backend = "pread",
 ) -> Plan:
@@ -230,6 +241,8 @@ def plan(
         mem_limit: bytes the run may add to the interpreter; tiles shrink to fit.
         threads: default one per available core.
         max_shard_size: bytes per output file, in place of the recipe's.
+        compat: "mergekit" for what mergekit computes where it departs from a method's paper.
+        seed: of random masks and stochastic rounding, in place of the recipe's.
         part: (i, n): plan only the i-th of n parts of the output, counted from 1.
         backend: how the inputs are read, see `checkpoint`.
         every_source: also open sources of weight 0, which `with_weights` may turn on.
@@ -245,14 +258,23 @@ def plan(
         )
     recipe = load_recipe(recipe)
     threads = threads or available_cores()
+    given = {"max_shard_size": max_shard_size, "compat": compat, "seed": seed}
+    options = {key: value for key, value in given.items() if value is not None}
     if isinstance(recipe, Recipe):
-        if max_shard_size is not None:
-            recipe = msgspec.structs.replace(recipe, max_shard_size=max_shard_size)
-        made = _plan_recipe(recipe, every_source, backend)
+        made = _plan_recipe(_with_options(recipe, options), every_source, backend)
     else:
-        made = _plan_mergekit(recipe, max_shard_size or "5GB", backend)
-    made = replace(made, threads=threads, part=part, max_shard_size=max_shard_size)
+        made = _plan_mergekit(recipe, options, backend)
+    made = replace(made, threads=threads, part=part, options=options)
     return _fit(_placed(made), mem_limit)
+
+
+def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    changed = {key: value for key, value in options.items() if key != "compat"}
+    asked = {key: value for key, value in options.items() if key != "max_shard_size"}
+    known = {"compat", *methods.get(recipe.method).parameters}
+    shared = {key: value for key, value in asked.items() if key in known}
+    parameters = {**recipe.parameters, **shared}
+    return msgspec.structs.replace(recipe, **changed, parameters=parameters)
 
 
 def load_recipe(
@@ -265,8 +287,14 @@ def load_recipe(
     """
     if not isinstance(recipe, Mapping | str | Path):
         return recipe
-    data = recipe if isinstance(recipe, Mapping) else read_yaml(recipe)
-    if isinstance(data, Mapping) and "merge_method" in data:
+    try:
+        data = recipe if isinstance(recipe, Mapping) else read_yaml(recipe)
+        is_mergekit = isinstance(data, Mapping) and "merge_method" in data
+    except RecipeError as error:
+        is_mergekit = "another document" in error.what  # it says better what such files are
+        if not is_mergekit:
+            raise
+    if is_mergekit:
         from optimer_engine import mergekit
 
         return mergekit.load(recipe)
@@ -320,7 +348,7 @@ def _json(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _plan_mergekit(config: MergekitConfig, max_shard_size: int | str, backend: Backend) -> Plan:
+def _plan_mergekit(config: MergekitConfig, options: Mapping[str, Any], backend: Backend) -> Plan:
     from optimer_engine.lowering import lower
     from optimer_engine.mergekit import expand
 
@@ -333,10 +361,18 @@ def _plan_mergekit(config: MergekitConfig, max_shard_size: int | str, backend: B
         for number, model in enumerate(models)
         if model.lora is not None
     }
+    for number, adapter in adapters.items():
+        if adapter.kind != ADAPTER:
+            raise MismatchError(
+                f"is a {adapter.kind}, not a LoRA adapter",
+                where=str(models[number].lora),
+                todo="write MODEL+ADAPTER with a PEFT folder after the +",
+            )
     folders = {model: locate(model.path, model.revision) for model in config.tokenizer_models()}
     expansion = expand(config, dict(zip(models, opened, strict=True)), folders)
-    rows, treatments = lower(expansion, opened, adapters)
-    shards = lay_out((row.out for row in rows), parse_bytes(max_shard_size), MODEL, _FROM_TORCH)
+    rows, treatments = lower(expansion, opened, adapters, options)
+    size = parse_bytes(options.get("max_shard_size", "5GB"))
+    shards = lay_out((row.out for row in rows), size, MODEL, _FROM_TORCH)
     files = dict(expansion.files)
     config_json = dict(expansion.config)
     if opened[expansion.donor].scales:

@@ -71,6 +71,8 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         out_dtype: dtype of the merged floating-point tensors; None keeps the base's.
         max_shard_size: bytes of tensor data per output file, an int or text such as "5GB".
         method: a name in `optimer_engine.methods`; `parameters`: its settings.
+        rounding: "nearest", or "stochastic" for bfloat16 outputs: unbiased, so that deltas too
+            small for the grid survive on average; `seed` decides by what chance.
         rows: "strict", "common" or "pad": embeddings of other sizes, see `alignment.RowRule`.
     """
 
@@ -82,6 +84,8 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     method: str = "task_arithmetic"
     parameters: dict[str, Any] = {}
     rows: Literal["strict", "common", "pad"] = "strict"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -121,8 +125,8 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         """Plain data in canonical key order, without keys that are empty or None."""
         data = msgspec.to_builtins(self)
         data["sources"] = [_without_empty(source) for source in data["sources"]]
-        for key, default in (("method", "task_arithmetic"), ("rows", "strict")):
-            if data[key] == default:
+        for key in ("method", "rows", "rounding", "seed"):
+            if data[key] == _DEFAULTS[key]:
                 del data[key]
         return _without_empty(data)
 
@@ -137,6 +141,9 @@ def fingerprint(recipe: Mapping[str, Any]) -> str:
 
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Recipe)}
 
 
 def _without_empty(data: dict[str, Any]) -> dict[str, Any]:

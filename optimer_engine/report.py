@@ -20,8 +20,10 @@ class Report(msgspec.Struct, kw_only=True):
         operation: the formula that was computed.
         recipe: the recipe, canonical; with `recipe_fingerprint`, its sha256.
         fingerprints: name of each checkpoint read to its fingerprint.
-        max_shard_size: bytes per output file that were asked for beside the recipe.
+        options: what was asked for beside the recipe and decides the output's bytes.
         tensors: number of output tensors.
+        kept: for each source of a weighted sum, the share of its delta that the output's grid
+            kept (see `kept`), from a sample.
         bytes_read, bytes_written: of tensor data.
         wall_s: seconds from the first tile to the last file in place.
         projected_mem_bytes: the bound the plan gave for the engine's own buffers.
@@ -37,9 +39,10 @@ class Report(msgspec.Struct, kw_only=True):
     recipe_fingerprint: str
     fingerprints: dict[str, str]
     out: str | None = None
-    max_shard_size: int | str | None = None
+    options: dict[str, Any] = {}
     part: str | None = None
     tensors: int = 0
+    kept: dict[str, float] = {}
     bytes_read: int = 0
     bytes_written: int = 0
     wall_s: float = 0.0

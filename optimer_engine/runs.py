@@ -84,6 +84,7 @@ class Run:
         sources: (number of the source in the treatment, operand) of those that are read.
         out: where the output's bytes go.
         copied: the base's bytes are the output (no arithmetic); any source must equal them.
+        computed: dtype of the result before stochastic rounding; else the output's.
     """
 
     tensors: tuple[TensorInfo, ...]
@@ -94,6 +95,7 @@ class Run:
     sources: tuple[tuple[int, Operand], ...]
     out: Piece
     copied: bool
+    computed: DType
 
     @property
     def operands(self) -> list[Operand]:
@@ -104,7 +106,7 @@ class Run:
     @property
     def widest(self) -> int:
         """Bytes of an element in the widest operand or the output."""
-        return max(self.out.dtype.itemsize, *(o.dtype.itemsize for o in self.operands), 1)
+        return max(self.computed.itemsize, *(o.dtype.itemsize for o in self.operands), 1)
 
     @property
     def method(self) -> Method | None:
@@ -123,7 +125,7 @@ class Run:
         kept = tuple(self.treatment.settings.per_source[number] for number, _ in self.sources)
         settings = Settings(self.treatment.settings.shared, kept)
         return TensorRecipe(
-            info.name, info.shape, info.dtype, self.treatment.method, settings, base, refs
+            info.name, info.shape, self.computed, self.treatment.method, settings, base, refs
         )
 
     def tile_elems(self, tile_bytes: int) -> int:
@@ -143,9 +145,16 @@ class Run:
 
 
 def join(
-    rows: Sequence[Row], treatments: Sequence[Treatment], checkpoints: Sequence[Checkpoint | None]
+    rows: Sequence[Row],
+    treatments: Sequence[Treatment],
+    checkpoints: Sequence[Checkpoint | None],
+    stochastic: bool = False,
 ) -> list[Run]:
-    """All rows as runs, in their order; sources of weight 0 are not read."""
+    """All rows as runs, in their order; sources of weight 0 are not read.
+
+    Args:
+        stochastic: bf16 outputs are computed in fp32, to be rounded by chance.
+    """
     active = [_active(treatment) for treatment in treatments]
     joined = [treatment.method in JOINED for treatment in treatments]
     runs: list[Run] = []
@@ -157,13 +166,13 @@ def join(
         stored = [info for info in infos if type(info) is TensorInfo]
         here = [row.treatment, *((i.file, i.dtype) if type(i) is TensorInfo else i for i in infos)]
         if group and (here != layout or [info.offset for info in stored] != ends):
-            runs.append(_run(group, treatments, checkpoints, active))
+            runs.append(_run(group, treatments, checkpoints, active, stochastic))
             group = []
         group.append(row)
         layout = here
         # An operand that computes its elements has no neighbours: it equals itself alone.
         ends = [info.offset + info.nbytes for info in stored] if joined[row.treatment] else []
-    return [*runs, _run(group, treatments, checkpoints, active)] if group else runs
+    return [*runs, _run(group, treatments, checkpoints, active, stochastic)] if group else runs
 
 
 def _active(treatment: Treatment) -> list[int]:
@@ -180,6 +189,7 @@ def _run(
     treatments: Sequence[Treatment],
     checkpoints: Sequence[Checkpoint | None],
     active: list[list[int]],
+    stochastic: bool,
 ) -> Run:
     starts, elems = [], 0
     for row in group:
@@ -208,7 +218,10 @@ def _run(
         not base.dtype.mergeable or (not sources and out.dtype == base.dtype)
     )
     tensors = tuple(row.out for row in group)
-    return Run(tensors, tuple(starts), elems, treatment, base, tuple(sources), out, copied)
+    computed = DType.F32 if stochastic and out.dtype is DType.BF16 and not copied else out.dtype
+    return Run(
+        tensors, tuple(starts), elems, treatment, base, tuple(sources), out, copied, computed
+    )
 
 
 def fold(treatment: Treatment) -> Treatment:

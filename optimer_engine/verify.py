@@ -99,7 +99,7 @@ def _plan_again(report: Report, out: Path) -> Plan:
         return plan_difference(
             recipe.base, recipe.sources[0].model, dtype=recipe.out_dtype, metadata=metadata
         )
-    return plan(report.recipe, max_shard_size=report.max_shard_size)
+    return plan(report.recipe, **report.options)
 
 
 class _Compare(Sink):

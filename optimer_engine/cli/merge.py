@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder.")
 @click.option("--out-dtype", metavar="DTYPE", help="E.g. float32; default: the base's.")
 @click.option("--max-shard-size", metavar="SIZE", help="Per file; default 5GB.")
+@click.option(
+    "--compat",
+    type=click.Choice(["mergekit", "paper"]),
+    help="Whose definition of a method holds where they differ; default: the paper's.",
+)
+@click.option("--seed", type=int, help="Of random masks; default 0.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--discard", is_flag=True, help="Start afresh; default: continue if interrupted.")
 @click.option("--mem-limit", default="512MiB", show_default=True, help="Beyond the interpreter.")
@@ -52,6 +58,8 @@ def command(
     out: Path,
     out_dtype: str | None,
     max_shard_size: str | None,
+    compat: str | None,
+    seed: int | None,
     dry_run: bool,
     discard: bool,
     mem_limit: str,
@@ -82,7 +90,7 @@ def command(
             todo="optimer merge --help shows an example of each",
         )
     options: dict[str, Any] = {"mem_limit": mem_limit, "max_shard_size": max_shard_size}
-    options |= {"threads": threads, "backend": read_backend}
+    options |= {"threads": threads, "backend": read_backend, "compat": compat, "seed": seed}
     wanted: Recipe | MergekitConfig
     if recipe is not None:
         if added:
