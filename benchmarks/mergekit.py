@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,13 +34,20 @@ def install(work: Path) -> Path:
     return program
 
 
-def config(inputs: Inputs, dtype: str) -> str:
-    """Its configuration for the same merge, computed in `dtype` and written as bfloat16."""
+def config(
+    inputs: Inputs, dtype: str, method: str = "task_arithmetic", extra: Mapping[str, float] = {}
+) -> str:
+    """Its configuration for a merge, computed in `dtype` and written as bfloat16.
+
+    Args:
+        extra: parameters of every source beside its weight.
+    """
+    more = "".join(f"      {key}: {value}\n" for key, value in extra.items())
     models = "".join(
-        f"  - model: {folder}\n    parameters:\n      weight: {weight}\n"
+        f"  - model: {folder}\n    parameters:\n      weight: {weight}\n{more}"
         for folder, weight in zip(inputs.sources, inputs.weights, strict=True)
     )
     return (
-        f"merge_method: task_arithmetic\nbase_model: {inputs.base}\nmodels:\n{models}"
+        f"merge_method: {method}\nbase_model: {inputs.base}\nmodels:\n{models}"
         f"dtype: {dtype}\nout_dtype: bfloat16\n"
     )

@@ -21,6 +21,7 @@ _COMMANDS = {
     "extract": "Subtract a base from a trained checkpoint: a distribution vector.",
     "merge": "Merge a base and weighted sources into a new checkpoint.",
     "plan": "Say what a merge would read, write and need.",
+    "report": "Write a search as one HTML page.",
     "search": "Search the weights of a merge for an objective.",
     "train": "Continually pre-train a base on a dataset, with HF Trainer.",
     "verify": "Check that an output is whole and unchanged.",

@@ -50,7 +50,32 @@ if TYPE_CHECKING:
 @click.option(
     "--weight", "weights", multiple=True, metavar="NAME=NUMBER", help="Of a term; default 1."
 )
-@click.option("--trials", type=click.IntRange(min=1), help="Default: 40, above 4 vectors 60.")
+@click.option(
+    "--max-loss",
+    "max_losses",
+    multiple=True,
+    metavar="NAME=SHARE",
+    help="A limit: 0.01 lets a term become 1 % worse than the base, no more.",
+)
+@click.option(
+    "--heldout",
+    "heldout",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Text that the search never sees, scored at the end for the base and the best.",
+)
+@click.option(
+    "--aggregate",
+    type=click.Choice(["mean", "worst", "pareto"]),
+    help="How terms become one cost; default mean. pareto shows all best compromises.",
+)
+@click.option(
+    "--merge",
+    "number",
+    type=click.IntRange(min=0),
+    help="Search nothing: merge trial NUMBER of the run in --out to OUT/trial-NUMBER.",
+)
+@click.option("--trials", type=click.IntRange(min=1), help="Merges tried at most; default 60.")
 @click.option("--seed", type=click.IntRange(min=0), help="Default: 0.")
 @click.option("--dtype", help="Of the live model; default float32.")
 @click.option("--device", help="Of the live model, e.g. cuda; default cpu.")
@@ -71,6 +96,10 @@ def command(
     tasks_dir: str | None,
     limit: int | None,
     weights: tuple[str, ...],
+    max_losses: tuple[str, ...],
+    heldout: tuple[str, ...],
+    aggregate: str | None,
+    number: int | None,
     trials: int | None,
     seed: int | None,
     dtype: str | None,
@@ -81,9 +110,9 @@ def command(
 ) -> None:
     """Search the weights of a merge for an objective, and merge the best.
 
-    Each trial merges into one loaded model in memory and scores it; OUT/trials.jsonl keeps every
-    score at once. The same command again continues where it was stopped. The winner is OUT/best,
-    its recipe OUT/best.yaml, the numbers OUT/search_report.json.
+    Each trial merges into one loaded model in memory and scores it, hopeless ones on few examples;
+    OUT/trials.jsonl keeps every score at once. The same command again continues where it was
+    stopped. The winner is OUT/best, its recipe OUT/best.yaml, the numbers OUT/search_report.json.
 
     \b
     Examples:
@@ -91,6 +120,7 @@ def command(
       optimer search --base base --vector ja=vectors/ja --vector math=vectors/math \\
           --corpus ja=ja.dev.txt --corpus math=math.dev.jsonl --trials 40 -o runs/all
       optimer search math_only.yaml --reuse runs/all --trials 10 -o runs/math
+      optimer search --merge 17 -o runs/all
 
     \b
     search.yaml:
@@ -106,10 +136,27 @@ def command(
     import msgspec
 
     from optimer_engine.recipe import decode, read_config
-    from optimer_engine.search import SearchConfig, run_search
+    from optimer_engine.search import SearchConfig, merge_trial, run_search
     from optimer_engine.search.progress import bar
 
-    described = (base, vectors, ranges, corpora, tasks, tasks_dir, limit, weights)
+    described = (
+        base,
+        vectors,
+        ranges,
+        corpora,
+        tasks,
+        tasks_dir,
+        limit,
+        weights,
+        max_losses,
+        heldout,
+    )
+    if number is not None:
+        if config is not None or any(described):
+            raise RecipeError("--merge takes --out and nothing else", where="search")
+        folder = merge_trial(out, number)
+        emit({"trial": number, "out": str(folder)}, str(folder), as_json)
+        return
     if (config is None) == (base is None) or (config is not None and any(described)):
         raise RecipeError(
             "give a file, or --base with --vector and --corpus or --task, and not both",
@@ -119,10 +166,13 @@ def command(
     if config is not None:
         wanted = read_config(config, SearchConfig)
     else:
-        data = _described(base, vectors, ranges, corpora, tasks, tasks_dir, limit, weights)
+        data = _described(*described)
         wanted = decode(data, SearchConfig, "search")
-    given = {"trials": trials, "seed": seed, "dtype": dtype, "device": device}
-    wanted = msgspec.structs.replace(wanted, **{k: v for k, v in given.items() if v is not None})
+    given = {
+        "trials": trials, "seed": seed, "dtype": dtype, "device": device, "aggregate": aggregate
+    }  # fmt: skip
+    given = {k: v for k, v in given.items() if v is not None}
+    wanted = decode(msgspec.to_builtins(wanted) | given, SearchConfig, "search")
     report = run_search(wanted, out, reuse=reuse, callbacks=[bar("search")])
     emit(report.to_dict(), f"{table(report, wanted)}\n{out}", as_json)
 
@@ -133,7 +183,7 @@ def table(report: SearchReport, config: SearchConfig) -> str:
     arrows = [f"{t} {'↑' if report.higher_is_better[t] else '↓'}" for t in terms]
     names = [v.name for v in config.vectors]
     rows = [["", *(f"w {n}" for n in names), *arrows, "cost ↓"]]
-    for row in report.table:
+    for row in [*report.front, *report.table]:
         scores = [f"{row.scores[t]:.4f}" for t in terms]
         cells = [f"{row.weights[n]:.3f}" for n in names]
         rows.append([row.name, *cells, *scores, f"{row.cost:+.4f}"])
@@ -144,6 +194,11 @@ def table(report: SearchReport, config: SearchConfig) -> str:
     seconds, total = report.seconds, sum(report.seconds.values()) or 1.0
     ratios = ", ".join(f"{n} {r:.1%}" for n, r in report.ratios.items())
     tight = [v.name for v in config.vectors if _on_bound(report.best_weights[v.name], v.range)]
+    if report.heldout:
+        lines += ["", "held-out, cost against the base (95 %), and how much worse than searched:"]
+        for held in report.heldout:
+            around = "" if held.low is None else f" ({held.low:+.4f} to {held.high:+.4f})"
+            lines.append(f"  {held.name}: {held.cost:+.4f}{around}, gap {held.gap:+.4f}")
     if tight:
         lines += ["", f"at the end of its range, so a wider one may be better: {', '.join(tight)}"]
     return "\n".join(
@@ -152,7 +207,10 @@ def table(report: SearchReport, config: SearchConfig) -> str:
             "",
             f"best: trial {report.best_number}; surrogate {report.predicted_cost:+.4f}"
             f" ± {report.predicted_sd:.4f}; {report.trials} trials made, {report.reused} reused,"
-            f" {report.failed} failed",
+            f" {report.failed} failed; {report.examples:,} examples scored",
+            f"ended: {report.ended}",
+            "cost rises by, when a weight moves 0.1: "
+            + ", ".join(f"{n} {rise:.4f}" for n, rise in report.sensitivity.items()),
             f"sum of weights {report.sum_of_weights:.3f}; as ratios {ratios}",
             f"  ({report.ratios_note})",
             "seconds: " + ", ".join(f"{k} {s:.1f} ({s / total:.0%})" for k, s in seconds.items()),
@@ -174,6 +232,8 @@ def _described(
     tasks_dir: str | None,
     limit: int | None,
     weights: tuple[str, ...],
+    max_losses: tuple[str, ...],
+    heldout: tuple[str, ...],
 ) -> dict[str, Any]:
     """The flags as what a configuration file would hold."""
     pool = {name: {"name": name, "model": m} for name, m in _pairs("--vector", vectors).items()}
@@ -189,6 +249,8 @@ def _described(
         if name in terms:
             raise RecipeError(f"the term {name!r} is given twice", where="--task")
         terms[name] = found | ({"tasks_dir": tasks_dir} if tasks_dir else {})
+    for name, text in _pairs("--max-loss", max_losses).items():
+        _known("--max-loss", name, terms)["max_loss"] = _number("--max-loss", text)
     for name, text in _pairs("--weight", weights).items():
         _known("--weight", name, terms)["weight"] = _number("--weight", text)
     limits = {"limit": limit} if limit else {}
@@ -196,6 +258,9 @@ def _described(
         "base": base,
         "vectors": list(pool.values()),
         "objective": [term | limits for term in terms.values()],
+        "heldout": [
+            {"name": name, "corpus": file} for name, file in _pairs("--heldout", heldout).items()
+        ],
     }
 
 

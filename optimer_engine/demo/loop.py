@@ -188,6 +188,7 @@ class Loop:
                 for d in domains
             ],
             trials=trials,
+            patience=0,
             block_length=self.scale.block_size,
             batch_size=SCORED_AT_ONCE,
             out_dtype="float32",

@@ -16,11 +16,15 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ConfigSpace import Configuration, ConfigurationSpace, Float
+from scipy.stats import norm
 from smac import BlackBoxFacade, Scenario
+from smac.acquisition.function import EI
 from smac.acquisition.maximizer.abstract_acquisition_maximizer import AbstractAcquisitionMaximizer
 from smac.facade.abstract_facade import AbstractFacade
 from smac.model.abstract_model import AbstractModel
@@ -34,17 +38,30 @@ SEEDS_PER_ROUND = 8
 POINTS_PER_SEED = 48
 
 
-def propose(points: np.ndarray, costs: np.ndarray, *, seed: int) -> np.ndarray:
+def propose(
+    points: np.ndarray,
+    costs: np.ndarray,
+    *,
+    seed: int,
+    model: GaussianProcess | None = None,
+    limits: Sequence[GaussianProcess] = (),
+) -> np.ndarray:
     """The point to try next.
 
     Args:
-        points: every finished trial in the unit cube, float64 [n, d].
+        points: every point tried, in the unit cube, float64 [n, d], all different.
         costs: its cost, float64 [n], finite; lower is better.
         seed: equal seed and equal trials give the equal proposal.
+        model: fitted to them; fitted here where it is not given.
+        limits: models of what must not be positive, fitted to the same points; the expected
+            improvement is multiplied by the probability that it is not (Gardner and others,
+            "Bayesian optimization with inequality constraints", 2014).
 
     Returns:
         A point of the unit cube, float64 [d].
     """
+    if model is None:
+        model = GaussianProcess().fit(points, costs)
     space = ConfigurationSpace(seed=seed)
     names = [f"w{i:04d}" for i in range(points.shape[1])]  # sorts as it counts
     space.add([Float(name, (0.0, 1.0)) for name in names])
@@ -58,7 +75,8 @@ def propose(points: np.ndarray, costs: np.ndarray, *, seed: int) -> np.ndarray:
         smac = _Facade(
             scenario,
             None,  # type: ignore[arg-type]
-            model=_Surrogate(space, seed=seed),
+            model=_Surrogate(space, model, seed),
+            acquisition_function=_FeasibleEI(points, limits),
             acquisition_maximizer=_CloudSearch(space, seed=seed),
             initial_design=BlackBoxFacade.get_initial_design(scenario, n_configs=0),
             intensifier=BlackBoxFacade.get_intensifier(scenario, max_config_calls=1),
@@ -81,14 +99,51 @@ class _Facade(BlackBoxFacade):
 
 
 class _Surrogate(AbstractModel):
+    """A fitted model in SMAC's clothes. What SMAC was told lacks the standard errors."""
+
+    def __init__(self, space: ConfigurationSpace, gp: GaussianProcess, seed: int) -> None:
+        super().__init__(space, seed=seed)
+        self._gp = gp
+
     def _train(self, X: np.ndarray, Y: np.ndarray) -> _Surrogate:
-        self._gp = GaussianProcess().fit(X, Y.ravel())
         return self
 
     def _predict(
         self, X: np.ndarray, covariance_type: str | None = "diagonal"
     ) -> tuple[np.ndarray, np.ndarray | None]:
         return self._gp.predict(X)
+
+
+class _FeasibleEI(EI):
+    """Expected improvement on the best point that keeps the limits, where they are kept.
+
+    While no point is known to keep them, the probability of keeping them is all that counts.
+    """
+
+    def __init__(self, points: np.ndarray, limits: Sequence[GaussianProcess]) -> None:
+        super().__init__()
+        self._points, self._limits = points, limits
+
+    def _update(self, **kwargs: Any) -> None:
+        super()._update(**kwargs)
+        if self._limits:
+            assert self._model is not None
+            kept = probability_kept(self._limits, self._points) >= 0.5
+            mean, _ = self._model.predict_marginalized(self._points[kept])
+            self._eta = float(mean.min()) if kept.any() else None
+
+    def _compute(self, X: np.ndarray) -> np.ndarray:
+        kept = probability_kept(self._limits, X).reshape(-1, 1)
+        return kept if self._eta is None else super()._compute(X) * kept
+
+
+def probability_kept(limits: Sequence[GaussianProcess], points: np.ndarray) -> np.ndarray:
+    """Probability [m] that none of ``limits`` is positive at ``points`` [m, d]."""
+    kept = np.ones(len(points))
+    for model in limits:
+        mean, variance = model.predict(points)
+        kept *= norm.cdf(-mean / np.sqrt(variance))
+    return kept
 
 
 class _CloudSearch(AbstractAcquisitionMaximizer):

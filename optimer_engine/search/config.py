@@ -10,13 +10,15 @@
     trials: 40
     seed: 0
 
-Names belong to the user: they are never derived from folders, so two checkpoints of one run keep
-two weights. Paths are taken as written, relative to the working folder.
+That is all most searches need; docs/search.md says what every other key does and costs. Names
+belong to the user: they are never derived from folders, so two checkpoints of one run keep two
+weights. Paths are taken as written, relative to the working folder.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
@@ -45,28 +47,42 @@ class Vector(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Term(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One part of the objective: a corpus (bits per byte) or an lm-eval task's metric.
+    """One part of the objective: a corpus (bits per byte), an lm-eval task's metric or a command.
 
     ``weight`` is its share of the cost; it also carries the exchange rate between units where bits
     per byte and accuracies are mixed. ``limit`` keeps the first so many blocks or examples.
-    A term with neither corpus nor task only gives a weight to a score that a Python callable
-    returns under that name.
+    ``max_loss: 0.01`` says that the score may not become more than 1 % worse than the base's; with
+    ``weight: 0`` the term is nothing but that limit. ``command`` is a program and its arguments
+    that prints a score of the merge in the folder ``{model}``; see ``command.py``.
+    A term with none of these only gives a weight to a score that a Python callable returns under
+    that name.
     """
 
     name: str
     weight: float = 1.0
+    max_loss: float | None = None
     corpus: str | None = None
     task: str | None = None
+    command: list[str] | None = None
+    higher_is_better: bool | None = None
     metric: str | None = None
     tasks_dir: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight > 0):
+        if not (math.isfinite(self.weight) and self.weight >= 0):
             raise RecipeError(f"weight of {self.name!r} must be a positive number")
-        if self.corpus is not None and self.task is not None:
-            raise RecipeError(f"term {self.name!r} has both a corpus and a task; write two terms")
+        if self.weight == 0 and self.max_loss is None:
+            raise RecipeError(f"weight of {self.name!r} is 0 and it has no max_loss")
+        if self.max_loss is not None and not (math.isfinite(self.max_loss) and self.max_loss >= 0):
+            raise RecipeError(f"max_loss of {self.name!r} must be 0 or more; 0.01 is one per cent")
+        kinds = [k for k in ("corpus", "task", "command") if getattr(self, k) is not None]
+        if len(kinds) > 1:
+            both = " and a ".join(kinds)
+            raise RecipeError(f"term {self.name!r} has both a {both}; write two terms")
+        if (self.command is None) != (self.higher_is_better is None):
+            raise RecipeError(f"term {self.name!r} needs both command and higher_is_better")
         if (self.task is None) != (self.metric is None):
             raise RecipeError(f"term {self.name!r} needs both task and metric, for example acc")
         if self.task is None and (self.tasks_dir is not None or self.num_fewshot is not None):
@@ -83,27 +99,47 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     Args:
         base: the checkpoint every vector is added to; also gives the tokenizer.
         vectors: the pool, with unique names.
-        objective: the terms; the cost is defined in ``objective.py``.
-        trials: evaluations in all; by default 40 up to four vectors and 60 above.
+        objective: the terms; the cost is defined in ``cost.py``.
+        heldout: terms that the search never sees: only the base, the uniform average, the best
+            single vector and the winner are scored on them, when it is over.
+        aggregate: ``mean`` of the terms; ``worst``, the term that gains least; or ``pareto``, which
+            looks for all best compromises. ``cost.py`` has the formulas.
+        relative: measure each term in per cent of the base's score.
+        method: ``smac``, or ``paper``: independent TPE, 100 trials of which 20 random, on the first
+            100 examples, the best 3 again on 300; see ``paper.py``.
+        trials: merges tried at most; by default 60, and 100 with the paper's method.
+        patience: stop after so many trials without progress; 0 makes all of them.
+        first_share: share of the examples that every trial is scored on; only the hopeful go on,
+            twice as many each time, up to all. 1 scores all at once.
+        gradient_steps: L-BFGS steps along exact gradients before the search; corpora only.
         seed: equal seed and equal trials give equal proposals.
         block_length: tokens per block of a corpus; by default the model's context, at most 1024.
         batch_size: blocks or requests evaluated at once.
         dtype, device: of the live model that trials are merged into.
         out_dtype: of the winner on disk; by default that of the base.
+        engine: what runs lm-eval tasks: the live model, or vLLM reloading each merge.
         allow_task_code: allow lm-eval task files that import Python code (``!function``).
     """
 
     base: str
     vectors: list[Vector]
     objective: list[Term] = []
+    heldout: list[Term] = []
     base_revision: str | None = None
+    aggregate: Literal["mean", "worst", "pareto"] = "mean"
+    relative: bool = False
+    method: Literal["smac", "paper"] = "smac"
     trials: int | None = None
+    patience: int = 10
+    first_share: float = 0.125
+    gradient_steps: int = 0
     seed: int = 0
     block_length: int | None = None
     batch_size: int = 16
     dtype: str = "float32"
     device: str = "cpu"
     out_dtype: str | None = None
+    engine: Literal["hf", "vllm"] = "hf"
     allow_task_code: bool = False
 
     def __post_init__(self) -> None:
@@ -112,20 +148,28 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         for what, names in (
             ("vectors", [v.name for v in self.vectors]),
             ("objective", [t.name for t in self.objective]),
+            ("heldout", [t.name for t in self.heldout]),
         ):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise RecipeError(f"{what}: the name {twice[0]!r} is used twice; names are unique")
         if not 0 <= self.seed <= MOST_SEED:
             raise RecipeError(f"seed must lie in 0..{MOST_SEED}, got {self.seed}")
-        for field, least in (("trials", 1), ("block_length", 2), ("batch_size", 1)):
+        if not 0.0 < self.first_share <= 1.0:
+            raise RecipeError(f"first_share must lie in (0, 1], got {self.first_share}")
+        if self.objective and not any(t.weight for t in self.objective):
+            raise RecipeError("every term has weight 0: nothing is left to search for")
+        if self.aggregate == "pareto" and len([t for t in self.objective if t.weight]) < 2:
+            raise RecipeError("aggregate: pareto needs two terms or more")
+        least_of = {"trials": 1, "block_length": 2, "batch_size": 1, "patience": 0}
+        for field, least in {**least_of, "gradient_steps": 0}.items():
             value = getattr(self, field)
             if value is not None and value < least:
                 raise RecipeError(f"{field} must be {least} or more, got {value}")
 
     @property
     def total_trials(self) -> int:
-        """Evaluations this search makes, the default filled in."""
+        """Merges this search tries at most, the default filled in."""
         if self.trials is not None:
             return self.trials
-        return 40 if len(self.vectors) <= 4 else 60
+        return 100 if self.method == "paper" else 60

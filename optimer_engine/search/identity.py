@@ -24,7 +24,25 @@ def identity(config: SearchConfig, found: dict[str, Any]) -> dict[str, Any]:
     weights = {t.name: t.weight for t in config.objective}
     terms = {name: found["terms"].get(name, {}) for name in sorted(weights.keys() | found["terms"])}
     space = {v.name: list(v.range) for v in config.vectors}
-    return {"space": space, **found, "terms": terms, "weights": weights, "seed": config.seed}
+    return {
+        "space": space, **found, "terms": terms, "weights": weights, "seed": config.seed,
+        **_protocol(config),
+    }  # fmt: skip
+
+
+def _protocol(config: SearchConfig) -> dict[str, Any]:
+    """The settings that change proposals, where they are not the default."""
+    limits = {t.name: t.max_loss for t in config.objective if t.max_loss is not None}
+    settings = {
+        name: getattr(config, name)
+        for name in ("aggregate", "relative", "method", "first_share", "gradient_steps")
+        if getattr(config, name) != _DEFAULTS[name]
+    } | ({"max_loss": limits} if limits else {})
+    return {"protocol": settings} if settings else {}
+
+
+_DEFAULTS = dict(zip(SearchConfig.__struct_fields__[-len(SearchConfig.__struct_defaults__) :],
+                     SearchConfig.__struct_defaults__, strict=True))  # fmt: skip
 
 
 def rescored(run: Path, this: dict[str, Any]) -> list[Told]:

@@ -8,35 +8,46 @@ written, rounding to the output's dtype included.
 
 from __future__ import annotations
 
+import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from optimer_engine.durable import replace_file
-from optimer_engine.errors import MissingExtraError, RecipeError
+from optimer_engine.errors import MissingExtraError
 from optimer_engine.search.config import SearchConfig
-from optimer_engine.search.objective import CorpusObjective, Objective, Scored, default_block_length
+from optimer_engine.search.corpus import CorpusObjective
+from optimer_engine.search.objective import Examples, Objective, Scored
 from optimer_engine.types import DType
 
 
 class LivePool:
-    """Base, vectors and objective of a search; see ``runner.Subject`` for what a search needs.
+    """Base, vectors and objective of a search; see ``subject.Subject`` for what a search needs.
 
     Checkpoints are opened (headers only) and the objective's data is read at once, so that
     mistakes are found before anything is written; the model is loaded for the first trial.
+    Objectives that take a folder (programs, vLLM) get the trial as a checkpoint in a temporary one.
     """
 
     def __init__(
         self, config: SearchConfig, objective: Objective | Callable[[Any], Scored] | None = None
     ) -> None:
         from optimer_engine.planner import plan
+        from optimer_engine.search.objectives import Measures, make_objective
 
         self._config = config
         self._dtype = DType.parse(config.dtype).torch_name
         self._plan = plan(self.recipe({v.name: 0.0 for v in config.vectors}))
-        self._objective = objective or make_objective(config, str(self._plan.base.folder))
-        self._model: Any = None
+        base = str(self._plan.base.folder)
+        own = None if objective is None else Measures([objective])
+        self._objective = own or make_objective(config, config.objective, base)
+        self._heldout = make_objective(config, config.heldout, base) if config.heldout else None
+        if config.gradient_steps:
+            self._objective.only(CorpusObjective)  # refused now rather than in a trial
+        self._given: dict[str, Any] = {}
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -47,26 +58,79 @@ class LivePool:
             "vectors": {
                 name: source.fingerprint
                 for name, source in zip(names, self._plan.sources, strict=True)
+                if source is not None
             },
             "model": {"dtype": self._dtype, "out_dtype": self._config.out_dtype},
-            "terms": getattr(self._objective, "identity", {}),
+            "terms": self._objective.identity,
         }
 
+    @property
+    def heldout_identity(self) -> dict[str, Any]:
+        """What each held-out term measures."""
+        return self._heldout.identity if self._heldout else {}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Examples of each term that can be scored one by one."""
+        return self._objective.counts
+
     def prepare(self) -> None:
-        """Load the model."""
-        self._model = load_model(
-            str(self._plan.base.folder), dtype=self._dtype, device=self._config.device
-        )
+        """Load the model, where anything scores it in memory."""
+        used = [o for o in (self._objective, self._heldout) if o is not None]
+        if any(o.takes("model") for o in used) and "model" not in self._given:
+            self._given["model"] = load_model(
+                str(self._plan.base.folder), dtype=self._dtype, device=self._config.device
+            )
+        if any(o.takes("folder") for o in used) and self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="optimer-trial-")
+            self._given["folder"] = Path(self._scratch.name) / "model"
 
     def apply(self, weights: dict[str, float]) -> None:
-        """Make the live model the merge with ``weights``."""
+        """Make the live model the merge with ``weights``, and the trial's folder."""
+        from optimer_engine.engine import merge
         from optimer_engine.sink import LiveModelSink
 
-        self._plan.with_weights(weights).run(LiveModelSink(self._model))
+        if "model" in self._given:
+            self._plan.with_weights(weights).run(LiveModelSink(self._given["model"]))
+        if "folder" in self._given:
+            shutil.rmtree(self._given["folder"], ignore_errors=True)
+            merge(self.recipe(weights), self._given["folder"], discard=True)
 
-    def score(self, weights: dict[str, float]) -> Scored:
-        """What the objective says of the live model."""
-        return self._objective(self._model)
+    def score(self, weights: dict[str, float], examples: Examples | None) -> Scored:
+        """What the objective says of the merge."""
+        return self._objective(self._given, examples)
+
+    def score_heldout(self) -> Scored:
+        """What the held-out terms say of the merge."""
+        assert self._heldout is not None
+        return self._heldout(self._given, None)
+
+    def gradient_start(self) -> dict[str, float]:
+        """The point that the configured number of gradient steps leads to."""
+        import msgspec
+
+        from optimer_engine.planner import plan
+        from optimer_engine.search.gradient import descend
+        from optimer_engine.search.space import Space
+        from optimer_engine.search.staging import drawn
+
+        config = self._config
+        corpora = self._objective.only(CorpusObjective)
+        zero = self.recipe({v.name: 0.0 for v in config.vectors})
+        share = min(1.0, 2.0 * config.first_share)
+        examples = {
+            name: sorted(int(e) for e in drawn(config.seed, 0, n)[: math.ceil(share * n)])
+            for name, n in corpora.counts.items()
+        }
+        return descend(
+            plan(msgspec.structs.replace(zero, out_dtype="float32")),
+            self._given["model"],
+            corpora,
+            {t.name: t.weight for t in config.objective if t.name in examples},
+            Space.of(config.vectors),
+            steps=config.gradient_steps,
+            examples=examples,
+        )
 
     def write(self, weights: dict[str, float], out: Path) -> None:
         """Merge ``weights`` to ``out/best`` and its recipe to ``out/best.yaml``, once."""
@@ -81,6 +145,11 @@ class LivePool:
             shutil.rmtree(folder)
         merge(recipe, folder, discard=True)
         replace_file(text, written)
+
+    def close(self) -> None:
+        """Remove the trials' folder."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def recipe(self, weights: dict[str, float]) -> Any:
         """The recipe that merges the pool with ``weights``."""
@@ -128,67 +197,3 @@ def _no_transformers() -> MissingExtraError:
     return MissingExtraError(
         "transformers is not installed", todo="pip install 'optimer-engine[search,eval]'"
     )
-
-
-def make_objective(config: SearchConfig, base_folder: str) -> Objective:
-    """The objective that the terms of ``config`` describe.
-
-    Raises:
-        RecipeError: there are no terms, or one names neither a corpus nor a task; and whatever
-            reading corpora and tasks raises.
-    """
-    if not config.objective:
-        raise RecipeError(
-            "the objective has no terms",
-            where="objective",
-            todo="name a held-out text: - {name: ja, corpus: ja.dev.txt}",
-        )
-    for term in config.objective:
-        if term.corpus is None and term.task is None:
-            raise RecipeError(
-                "names neither a corpus nor a task", where=f"objective {term.name!r}",
-                todo="add corpus: FILE, or task: NAME with metric: NAME",
-            )  # fmt: skip
-    tokenizer = load_tokenizer(base_folder)
-    parts: list[Objective] = []
-    corpora = {t.name: t.corpus for t in config.objective if t.corpus is not None}
-    if corpora:
-        from transformers import AutoConfig
-
-        length = config.block_length or default_block_length(
-            AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
-        )
-        limits = {t.name: t.limit for t in config.objective if t.limit is not None}
-        parts.append(
-            CorpusObjective(
-                corpora, tokenizer,
-                block_length=length, batch_size=config.batch_size, limits=limits,
-            )
-        )  # fmt: skip
-    tasks = [t for t in config.objective if t.task is not None]
-    if tasks:
-        from optimer_engine.search.tasks import TaskObjective
-
-        parts.append(
-            TaskObjective(
-                tasks, tokenizer,
-                batch_size=config.batch_size, allow_task_code=config.allow_task_code,
-            )
-        )  # fmt: skip
-    return parts[0] if len(parts) == 1 else _Together(parts)
-
-
-class _Together:
-    """Several objectives as one: the union of their scores."""
-
-    def __init__(self, parts: list[Objective]) -> None:
-        self._parts = parts
-
-    @property
-    def identity(self) -> dict[str, dict[str, Any]]:
-        return {name: term for part in self._parts for name, term in part.identity.items()}
-
-    def __call__(self, model: Any) -> Scored:
-        from optimer_engine.search.objective import as_scores
-
-        return {name: s for part in self._parts for name, s in as_scores(part(model)).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optimer_engine.search.runner import Callback, TrialDone
+from optimer_engine.search.loop import Callback, TrialDone
 
 
 def bar(description: str) -> Callback:

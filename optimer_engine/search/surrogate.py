@@ -44,21 +44,44 @@ def winsorise(costs: np.ndarray) -> np.ndarray:
 
 
 class GaussianProcess:
-    """Matérn-5/2 regression with one length scale per dimension and learned noise.
+    """Matérn-5/2 regression with one length scale per dimension, known and learned noise.
 
-    ``fit`` takes points in the unit cube, shape [n, d] float64, and their costs, shape [n]; the
-    hyperparameters are the maximum a posteriori found by L-BFGS from two fixed starts, so equal
-    data gives an equal model. ``predict`` gives mean and variance of the noise-free cost.
+    ``fit`` takes points in the unit cube, shape [n, d] float64, their costs, shape [n], and what is
+    known of their errors; the hyperparameters are the maximum a posteriori found by L-BFGS from two
+    fixed starts, so equal data gives an equal model. ``predict`` gives mean and variance of the
+    noise-free cost.
+
+    The variance of observation i is v_i + σ²: v_i, known, is what scoring some of the examples
+    leaves open (it is 0 when all were scored), and σ², learned and shared, is what all else adds.
     """
 
-    def fit(self, points: np.ndarray, costs: np.ndarray) -> GaussianProcess:
-        """Fit to ``points`` [n, d] and ``costs`` [n] (finite); returns self."""
+    def fit(
+        self,
+        points: np.ndarray,
+        costs: np.ndarray,
+        variances: np.ndarray | None = None,
+        *,
+        theta: np.ndarray | None = None,
+    ) -> GaussianProcess:
+        """Fit to ``points`` [n, d], ``costs`` [n] (finite) and ``variances`` [n]; returns self.
+
+        With ``theta``, the log hyperparameters of an earlier fit, those are kept: milliseconds.
+        """
         self._x = np.ascontiguousarray(points, dtype=np.float64)
         clipped = winsorise(np.asarray(costs, dtype=np.float64))
         self._mean = float(clipped.mean())
         self._scale = float(clipped.std()) or 1.0
         self._y = (clipped - self._mean) / self._scale
+        known = np.zeros(len(clipped)) if variances is None else np.asarray(variances)
+        self._known = known / self._scale**2
         self._squares = (self._x[:, None, :] - self._x[None, :, :]) ** 2
+        self.theta = self._most_probable() if theta is None else theta
+        k, _, _ = self._covariance(self.theta)
+        self._chol = cholesky(k, lower=True)
+        self._alpha = cho_solve((self._chol, True), self._y)
+        return self
+
+    def _most_probable(self) -> np.ndarray:
         d = self._x.shape[1]
         length_mean = LENGTH_PRIOR[0] + 0.5 * np.log(d)
         self._prior_mean = np.array([SIGNAL_PRIOR[0], *[length_mean] * d, NOISE_PRIOR[0]])
@@ -69,11 +92,7 @@ class GaussianProcess:
             minimize(self._loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
             for start in (self._prior_mean, wide_and_noisy)
         ]
-        self.theta = min(fits, key=lambda fit: float(fit.fun)).x
-        k, _, _ = self._covariance(self.theta)
-        self._chol = cholesky(k, lower=True)
-        self._alpha = cho_solve((self._chol, True), self._y)
-        return self
+        return np.asarray(min(fits, key=lambda fit: float(fit.fun)).x)
 
     def predict(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance [m] of the cost at ``points`` [m, d], in units of the costs told."""
@@ -95,7 +114,7 @@ class GaussianProcess:
         r = np.sqrt(self._squares @ np.exp(-2.0 * theta[1:-1]))
         shape, slope = _matern(r)
         signal = np.exp(theta[0]) * shape
-        k = signal + (np.exp(theta[-1]) + 1e-8) * np.eye(len(self._y))
+        k = signal + np.diag(np.exp(theta[-1]) + 1e-8 + self._known)
         return k, signal, np.exp(theta[0]) * slope
 
     def _loss(self, theta: np.ndarray) -> tuple[float, np.ndarray]:

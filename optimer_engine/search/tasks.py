@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,29 +93,46 @@ class TaskObjective:
             for t in self._terms
         }
 
-    def __call__(self, model: Any) -> Scores:
-        """Scores of the terms; parts are per example where the metric is a mean of examples."""
+    @property
+    def counts(self) -> dict[str, int]:
+        """By term: its number of examples."""
+        return {t.name: len(self._samples[str(t.task)]) for t in self._terms}
+
+    def __call__(self, model: Any, examples: Mapping[str, Sequence[int]] | None = None) -> Scores:
+        """Scores of the terms; parts are per example where the metric is a mean of examples.
+
+        Terms of one task are asked for the same examples, and evaluated once.
+        """
+        terms = self._terms if examples is None else [t for t in self._terms if t.name in examples]
+        samples = {str(t.task): self._samples[str(t.task)] for t in terms}
+        if examples is not None:
+            samples = {str(t.task): sorted({*examples[t.name]}) for t in terms}
         with _quiet():
             from lm_eval.evaluator import evaluate
 
-            if self._lm is None or self._lm.model is not model:
-                from lm_eval.models.huggingface import HFLM
-
-                self._lm = HFLM(
-                    pretrained=model,
-                    tokenizer=self._tokenizer,
-                    batch_size=self._batch_size,
-                    trust_remote_code=False,
-                )
-            model.eval()
+            lm = self._wrapped(model)
             results = evaluate(
-                lm=self._lm,
-                task_dict=self._loaded,
-                samples=self._samples,
+                lm=lm,
+                task_dict={**self._loaded, "tasks": {n: self._loaded["tasks"][n] for n in samples}},
+                samples=samples,
                 bootstrap_iters=0,
                 log_samples=True,
             )
-        return {t.name: _score(results, t) for t in self._terms}
+        return {t.name: _score(results, t) for t in terms}
+
+    def _wrapped(self, model: Any) -> Any:
+        """lm-eval's wrapper around the live model; its weights are those of the moment."""
+        if self._lm is None or self._lm.model is not model:
+            from lm_eval.models.huggingface import HFLM
+
+            self._lm = HFLM(
+                pretrained=model,
+                tokenizer=self._tokenizer,
+                batch_size=self._batch_size,
+                trust_remote_code=False,
+            )
+        model.eval()
+        return self._lm
 
     def _docs(self, name: str | None) -> Any:
         return self._loaded["tasks"][name].eval_docs

@@ -20,17 +20,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 
 from optimer_engine.durable import replace_file
 from optimer_engine.errors import OutputError, RecipeError
-from optimer_engine.search.objective import Scores, cost
+from optimer_engine.search.objective import Scores
 
 log = logging.getLogger(__name__)
 
 Status = Literal["ok", "nan", "crashed"]
 REUSED = "reused"
 """How the origin of a trial taken from another run begins."""
+CONFIRM = "confirm"
+"""How the origin of a trial begins that scores tried weights on more examples."""
 
 
 class Run(msgspec.Struct, tag_field="event", tag="run", frozen=True):
@@ -40,17 +41,22 @@ class Run(msgspec.Struct, tag_field="event", tag="run", frozen=True):
     format: int = 1
 
 
-class Asked(msgspec.Struct, tag_field="event", tag="asked", frozen=True):
-    """A trial about to be evaluated, and where its weights come from."""
+class Asked(msgspec.Struct, tag_field="event", tag="asked", frozen=True, omit_defaults=True):
+    """A trial about to be evaluated, where its weights come from, and the gain expected of it."""
 
     number: int
     weights: dict[str, float]
     origin: str
     ask_s: float = 0.0
+    expected: float = 0.0
 
 
 class Told(msgspec.Struct, tag_field="event", tag="told", frozen=True, omit_defaults=True):
-    """A finished trial. ``scores`` holds every finite score; costs are derived, never stored."""
+    """A finished trial. ``scores`` holds every finite score; costs are derived, never stored.
+
+    A trial may repeat weights to score more examples of them; then it holds the earlier scores too.
+    ``known`` counts the examples whose scores were taken from earlier trials, of any run.
+    """
 
     number: int
     weights: dict[str, float]
@@ -61,6 +67,8 @@ class Told(msgspec.Struct, tag_field="event", tag="told", frozen=True, omit_defa
     ask_s: float = 0.0
     merge_s: float = 0.0
     evaluate_s: float = 0.0
+    expected: float = 0.0
+    known: int = 0
 
 
 class Journal:
@@ -183,22 +191,3 @@ def _parse(path: Path, content: bytes) -> tuple[Run | None, list[Told], Asked | 
 
 
 _DECODER = msgspec.json.Decoder(Run | Asked | Told)
-
-
-def costs(told: list[Told], weights: dict[str, float]) -> np.ndarray:
-    """Cost of each trial, float64 [n], finite; see ``objective.cost``.
-
-    ``weights`` maps terms to their weight. Where a trial has all weights 0 its scores are the
-    reference, so that the base costs 0. A failed trial costs the worst finite cost plus the spread
-    of the finite ones: bad enough to be left, near enough to leave the surrogate its scale.
-    """
-    base = next((t for t in told if t.status == "ok" and not any(t.weights.values())), None)
-    reference = base.scores if base is not None else {}
-    values = np.array(
-        [cost(t.scores, reference, weights) if t.status == "ok" else np.nan for t in told]
-    )
-    good = values[np.isfinite(values)]
-    if not good.size:
-        return np.ones(len(told))
-    spread = float(good.max() - good.min()) or 1.0
-    return np.where(np.isfinite(values), values, good.max() + spread)

@@ -30,7 +30,8 @@ STEPS_BACK = {("planner", "engine"), ("planner", "iteration")}
 CALL_KERNELS = {"ops", "methods", "vectors"}
 WITHOUT_TORCH = ORDER[: ORDER.index("ops") + 1]
 HEAVY = {"torch", "transformers", "datasets", "smac", "lm_eval", "matplotlib", "huggingface_hub",
-         "peft", "accelerate", "numba", "scipy", "pandas"}  # fmt: skip
+         "peft", "accelerate", "numba", "scipy", "pandas", "optuna", "vllm", "distributed",
+         "tokenizers"}  # fmt: skip
 
 
 def modules():

@@ -72,9 +72,12 @@ def test_the_benchmark_beats_random_search() -> None:
     spec.loader.exec_module(bench)
     f, optimum = bench.landscape(4, 0)
     assert f(optimum) == 0.0
-    uniform = f(np.full(4, 0.25))
-    regret = [method(f, f, 4, 20, 0)[-1] / uniform for method in (bench.smac_gp, bench.random)]
-    assert regret[0] < 0.3 < regret[1]
+    worlds = [bench.World(4, 0.03, 0) for _ in range(2)]
+    ours, random = (
+        bench.METHODS[m](w, 0) for m, w in zip(("optimer", "random"), worlds, strict=True)
+    )
+    assert ours[-1][1] < 0.3 < random[-1][1]
+    assert ours[-1][0] == worlds[0].examples < 0.5 * worlds[1].examples
 
 
 def test_noise_does_not_lead_it_astray(tmp_path: Path) -> None:

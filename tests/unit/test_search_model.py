@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -425,3 +426,100 @@ def test_a_missing_checkpoint_or_objective_leaves_no_run_folder(pool: Path, tmp_
         with pytest.raises(OptimerError):
             run_search(searched(pool, **wrong), tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+# gradients ----------------------------------------------------------------------------------------
+
+
+def test_gradients_by_weight_are_those_of_finite_differences(
+    pool: Path, tokenizer: Fast, tmp_path: Path
+) -> None:
+    """⟨∇L, τ_i⟩, streamed, against (L(w + h·e_i) − L(w − h·e_i)) / 2h."""
+    from optimer_engine.planner import plan
+    from optimer_engine.search.gradient import loss_and_gradient
+    from optimer_engine.sink import LiveModelSink
+
+    sources = [
+        {"name": "ja", "model": str(pool / "ja"), "weight": 0.3},
+        {"name": "math", "model": str(pool / "full-math"), "weight": 0.2},
+    ]
+    made = plan({"base": str(pool / "base"), "sources": sources, "out_dtype": "float32"})
+    model = AutoModelForCausalLM.from_pretrained(pool / "base").eval()
+    objective = CorpusObjective(
+        {n: pool / f"{n}.txt" for n in TEXTS}, tokenizer, block_length=16, batch_size=4
+    )
+    goal = {"ja": 3.0, "math": 1.0}
+    examples = {"ja": [0, 2, 3, 5, 7, 8], "math": [1, 2]}
+
+    def loss(weights: dict[str, float]) -> float:
+        made.with_weights(weights).run(LiveModelSink(model))
+        scores = objective(model, examples)
+        return sum(goal[n] / 4.0 * scores[n].value for n in goal)
+
+    point = {"ja": 0.3, "math": 0.2}
+    expected = [
+        (loss(point | {n: w + 0.004}) - loss(point | {n: w - 0.004})) / 0.008
+        for n, w in point.items()
+    ]
+    value = loss(point)
+    found, slopes = loss_and_gradient(made, model, objective, goal, list(point), examples)
+    assert found == pytest.approx(value, rel=1e-5)
+    assert slopes == pytest.approx(expected, rel=0.02, abs=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_search_can_start_from_gradients(pool: Path, tmp_path: Path) -> None:
+    report = run_search(searched(pool, gradient_steps=4, trials=8), tmp_path / "a")
+    lines = [json.loads(x) for x in (tmp_path / "a" / "trials.jsonl").read_text().splitlines()]
+    origins = [x["origin"] for x in lines if x["event"] == "told"]
+    assert origins.count("gradient") == 1 and origins.index("gradient") == 6
+    assert report.best_cost <= min(row.cost for row in report.table)
+    with pytest.raises(RecipeError, match="nothing but corpora has gradients"):
+        run_search(searched(pool, gradient_steps=4), tmp_path / "b", objective=lambda model: 0.0)
+    assert not (tmp_path / "b").exists()
+
+
+def test_programs_and_heldout_text_on_real_merges(pool: Path, tmp_path: Path) -> None:
+    """A program reads each trial's checkpoint; the winner is scored on text of its own."""
+    script = tmp_path / "norm.py"
+    script.write_text(
+        "import sys\n"
+        "from safetensors.numpy import load_file\n"
+        "w = load_file(sys.argv[1] + '/model.safetensors')['model.norm.weight']\n"
+        "print(float(((w - 1) ** 2).sum()))\n"
+    )
+    (tmp_path / "other.txt").write_text(" ".join(f"{n} plus {n} is {2 * n}." for n in range(40)))
+    command = [sys.executable, str(script), "{model}"]
+    both = searched(
+        pool, trials=4,
+        objective=[
+            Term("ja", corpus=str(pool / "ja.txt")),
+            Term("drift", command=command, higher_is_better=False, weight=0.1),
+        ],
+        heldout=[Term("test", corpus=str(tmp_path / "other.txt"))],
+    )  # fmt: skip
+    report = run_search(both, tmp_path / "run")
+    rows = {row.name: row for row in report.table}
+    assert rows["base"].scores["drift"] == 0.0 < rows["only ja"].scores["drift"]
+    assert [row.name for row in report.heldout][::3] == ["base", "best"]
+    assert report.heldout[0].cost == 0.0
+    low, high = report.heldout[-1].low, report.heldout[-1].high
+    assert low is not None and high is not None and low <= report.heldout[-1].cost <= high
+    same = searched(pool, heldout=[Term("test", corpus=str(pool / "ja.txt"))])
+    with pytest.raises(RecipeError, match="measures just what 'ja' of the objective"):
+        run_search(same, tmp_path / "leak")
+
+
+def test_any_trial_is_merged_by_its_number(pool: Path, tmp_path: Path) -> None:
+    run_search(searched(pool, trials=6), tmp_path)
+    done = CliRunner().invoke(
+        command, ["--merge", "2", "-o", str(tmp_path), "--json"], catch_exceptions=False
+    )
+    folder = Path(json.loads(done.stdout)["out"])
+    assert folder == tmp_path / "trial-2"
+    alone = AutoModelForCausalLM.from_pretrained(pool / "full-ja").state_dict()
+    made = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in alone.items():  # trial 2 is ja alone
+        torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-6)
+    with pytest.raises(RecipeError, match="no trial 99"):
+        CliRunner().invoke(command, ["--merge", "99", "-o", str(tmp_path)], catch_exceptions=False)
