@@ -78,13 +78,14 @@ def sort_row(keys, n, items, spare, counts):
     for k in range(bins):
         counts[k] = 0
     for j in range(n):
-        counts[max(np.int64(keys[j] >> _SHIFT) - lowest, np.int64(0))] += 1
+        bin_ = max(np.int64(keys[j] >> _SHIFT) - lowest, np.int64(0))
+        counts[bin_] += 1
     _places(counts, bins)
     for j in range(n):
         key = keys[n - 1 - j]
-        k = max(np.int64(key >> _SHIFT) - lowest, np.int64(0))
-        items[counts[k]] = (np.int64(key) << 32) | np.int64(j)
-        counts[k] += 1
+        bin_ = max(np.int64(key >> _SHIFT) - lowest, np.int64(0))
+        items[counts[bin_]] = (np.int64(key) << 32) | np.int64(j)
+        counts[bin_] += 1
     if not _insert(items, n, _PATIENCE * n):
         for third in range(3):
             _distribute(items, spare, n, 32 + 11 * third, counts)

@@ -125,6 +125,7 @@ def elementwise(
     returns the merged values; with `deltas` it is given deltas and returns the delta to be added to
     the base. Its keyword-only arguments are the method's parameters: a float, int, bool or str for
     the tensor, a list of them for one value per source; without a default they must be given.
+    `Annotated[float, "what it means"]` documents one.
 
     Args:
         sources: least and greatest number beside the base; None is no limit.
@@ -187,12 +188,14 @@ def _decorator(
 
 def _parameters(call: Callable[..., Any]) -> dict[str, Parameter]:
     """From the keyword-only arguments of a function."""
-    hints = typing.get_type_hints(call)
+    hints = typing.get_type_hints(call, include_extras=True)
     parameters = {}
     for name, argument in inspect.signature(call).parameters.items():
         if argument.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
-        hint = hints.get(name, float)
+        hint, meaning = hints.get(name, float), ""
+        if typing.get_origin(hint) is typing.Annotated:
+            hint, meaning = typing.get_args(hint)
         per_source = typing.get_origin(hint) is list
         kind = typing.get_args(hint)[0] if per_source else hint
         if kind not in (float, int, bool, str):
@@ -201,7 +204,7 @@ def _parameters(call: Callable[..., Any]) -> dict[str, Parameter]:
                 todo="annotate it as float, int, bool, str, or a list of one of them",
             )  # fmt: skip
         default = REQUIRED if argument.default is inspect.Parameter.empty else argument.default
-        parameters[name] = Parameter(kind, default, per_source)
+        parameters[name] = Parameter(kind, default, per_source, meaning=meaning)
     return parameters
 
 
@@ -212,6 +215,8 @@ def _parameters(call: Callable[..., Any]) -> dict[str, Parameter]:
     deltas=True,
     sources=(1, 1),
 )
-def nearswap(base: np.ndarray, deltas: list[np.ndarray], *, t: float) -> np.ndarray:
+def nearswap(
+    base: np.ndarray, deltas: list[np.ndarray], *, t: typing.Annotated[float, "largest move"]
+) -> np.ndarray:
     """Move towards the source by no more than t: w = clip(t / |delta|, 0, 1) of the delta."""
     return np.clip(deltas[0], -max(t, 0), max(t, 0))

@@ -10,7 +10,7 @@ from optimer_engine.errors import RecipeError
 from optimer_engine.methods.protocol import Fold, Method, Parameter, Tile
 from optimer_engine.methods.registry import register
 from optimer_engine.methods.tiles import merge_fold
-from optimer_engine.tensor_recipe import TensorRecipe
+from optimer_engine.tensor_recipe import Settings, TensorRecipe
 
 WEIGHT = Parameter(float, per_source=True, meaning="w_i")
 NORMALIZE = "divide by the sum of the weights"
@@ -77,7 +77,7 @@ class _Passthrough(_Folded):
         return Fold(True, (scale,), scale) if recipe.base else Fold(False, (0.0,), scale)
 
 
-def divisor(weights: list[float], settings: Any) -> float:
+def divisor(weights: list[float], settings: Settings) -> float:
     """What a weighted sum of deltas is divided by: 1 without `normalize`.
 
     sum |w_i|, so that weights of both signs cannot make the quotient explode; with compat mergekit

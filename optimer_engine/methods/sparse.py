@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -44,7 +44,7 @@ from optimer_engine.methods.protocol import (
 from optimer_engine.methods.registry import register
 from optimer_engine.methods.threshold import NOTHING, Cut, Keys, cuts
 from optimer_engine.methods.tiles import CODE, Norms, blocks, inputs
-from optimer_engine.tensor_recipe import TensorRecipe
+from optimer_engine.tensor_recipe import Settings, TensorRecipe
 
 _CODES = {"none": NO_CONSENSUS, "sum": SUM, "count": COUNT}
 
@@ -92,6 +92,10 @@ class _Sparse(Method):
         """Whether a mask looks at whole rows."""
         return self.mask == "rank"
 
+    def _rescales_by_norm(self, settings: Settings) -> bool:
+        by_probability = self.mask in ("random", "rank") and settings["compat"] != "mergekit"
+        return settings["rescale"] and not by_probability
+
     def check(self, recipe: TensorRecipe) -> None:
         """Refuse probabilities outside 0 to 1."""
         super().check(recipe)
@@ -117,7 +121,7 @@ class _Sparse(Method):
         """Histograms, counts per granule, sums per granule or row, and a few rows when ranking."""
         n, row = len(recipe.sources), row_elems(recipe.shape)
         parts = blocks(recipe, self.unit(recipe))
-        sums = parts * n * 24 if recipe.settings["rescale"] else 0
+        sums = parts * n * 24 if self._rescales_by_norm(recipe.settings) else 0
         if self.by_rank:
             # Work dtype: at most fp64. Rows of base, deltas, keys, words, two rows of items.
             return Memory(sums, row * (8 * n + 32) + 8 * BINS)
@@ -141,9 +145,7 @@ class _Sparse(Method):
                 rows[i, 0] = DROP
             elif density < 1:
                 masked.append(i)
-        by_norm = settings["rescale"] and (
-            self.mask in ("top", "outliers") or settings["compat"] == "mergekit"
-        )
+        by_norm = self._rescales_by_norm(settings)
         if self.mask in ("random", "rank"):
             names = settings.column("stream")
             for i in masked:
@@ -169,7 +171,7 @@ class _Sparse(Method):
         return self._sum(settings, masks, weights, factors)
 
     def _sum(
-        self, settings: Any, masks: sparse.Masks, weights: list[float], factors: list[float]
+        self, settings: Settings, masks: sparse.Masks, weights: list[float], factors: list[float]
     ) -> Sum:
         consensus = _CODES[settings["consensus"]]
         multipliers = [w * f for w, f in zip(weights, factors, strict=True)]
@@ -241,7 +243,8 @@ class _Sce(Method):
             norms = yield Norms(recipe, masks, GRANULE)
             energy = norms[:, 2] / count
             if energy.sum() > (1e-6 if mergekit else 0.0):
-                weights = energy / energy.sum()
+                with np.errstate(invalid="ignore"):  # infinities are found while merging
+                    weights = energy / energy.sum()
         each = [float(w) for w in weights]
         return Sum(masks, each, [1.0] * n, each, SUM, 1.0, mergekit)
 

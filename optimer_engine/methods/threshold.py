@@ -81,7 +81,7 @@ class _Count:
 
     def finish(self, accumulators: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Totals of bins, and counts of each granule."""
-        return np.sum(accumulators, 0, dtype=np.int64), self.equal
+        return np.asarray(np.sum(accumulators, 0, dtype=np.int64)), self.equal
 
 
 Sought = Callable[[dict[int, np.ndarray]], list[tuple[int, int]]]

@@ -134,7 +134,7 @@ class Products:
 
 def exact_sum(parts: np.ndarray) -> np.ndarray:
     """The sum over the first axis, as if taken exactly and rounded once: no order matters."""
-    flat = parts.reshape(len(parts), -1)
+    flat = parts.reshape(len(parts), math.prod(parts.shape[1:]))
     sums = [_fsum(flat[:, k].tolist()) for k in range(flat.shape[1])]
     return np.array(sums).reshape(parts.shape[1:])
 
