@@ -8,9 +8,11 @@ bits. A "value" below is an unsigned integer as wide as the trained dtype.
 
 from __future__ import annotations
 
+import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .elements import array, bits_of_f32, f32_of_bits, reader, writer
@@ -25,6 +27,12 @@ from .reference_packed import (
 )
 
 loop = njit(error_model="numpy")
+
+HAS_COMPRESS = llvm.llvm_version_info[0] >= 19 and llvm.get_host_cpu_features().get(
+    "avx512vbmi2", False
+)
+"""Whether this processor gathers marked elements of a vector by one instruction, and LLVM knows it.
+Without, the compiler's way around is slower than a plain loop over the marks."""
 
 
 def _binary(name):
@@ -298,24 +306,80 @@ def _put_bit_string(values, count, width, address):
     return at - address
 
 
+@intrinsic
+def _compress(_context, target, source, word, by):
+    """target[k] = source[j] >> by for the k-th set bit j of `word`; then 64 bytes of rubbish."""
+
+    def generate(context, builder, _signature, args):
+        width = by.bitwidth
+        lanes = 512 // width
+        vector = ir.VectorType(ir.IntType(width), lanes)
+        flags = ir.VectorType(ir.IntType(1), lanes)
+        signature = ir.FunctionType(vector, [vector, flags, vector])
+        name = f"llvm.experimental.vector.compress.v{lanes}i{width}"
+        compress = cgutils.get_or_insert_function(builder.module, signature, name)
+        write, read, word = args[:3]
+        shifts = _spread(builder, args[3], lanes)
+        for start in range(0, 64, lanes):
+            bits = builder.lshr(word, ir.Constant(word.type, start))
+            bits = builder.trunc(bits, ir.IntType(lanes)) if lanes < 64 else bits
+            place = builder.add(read, ir.Constant(read.type, start * width // 8))
+            values = builder.load(builder.inttoptr(place, vector.as_pointer()), align=1)
+            values = builder.lshr(values, shifts)
+            wanted = builder.bitcast(bits, flags)
+            chosen = builder.call(compress, [values, wanted, ir.Constant(vector, ir.Undefined)])
+            builder.store(chosen, builder.inttoptr(write, vector.as_pointer()), align=1)
+            ones = builder.ctpop(bits)
+            ones = builder.zext(ones, write.type) if lanes < 64 else ones
+            write = builder.add(write, builder.mul(ones, ir.Constant(write.type, width // 8)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.uint64, by), generate
+
+
+def _gatherer():
+    """A jitted (target, to, source, begin, word, by): target[to + k] = source[begin + j] >> by for
+    the k-th set bit j of `word`; 64 bytes behind them may change."""
+    if HAS_COMPRESS:
+
+        @loop
+        def gather(target, to, source, begin, word, by):
+            size = target.itemsize
+            _compress(target.ctypes.data + to * size, source.ctypes.data + begin * size, word, by)
+
+    else:
+
+        @loop
+        def gather(target, to, source, begin, word, by):
+            k = to
+            while word:
+                target[k] = _shr(source[begin + np.int64(_trailing_zeros(word))], by)
+                k += 1
+                word = np.uint64(word & np.uint64(word - np.uint64(1)))
+
+    return gather
+
+
+_gather = _gatherer()
+
+
 @loop
 def _put_flagged(values, count, width, address, high):
     """A bitmap of the values with bits beyond `width`, at `address`; those bits into high[:].
 
-    Returns how many there are. `values` is 0 from `count` on.
+    Returns how many there are, at most half a block. `values` is 0 from `count` on.
     """
     unsigned = values.dtype.type
     by = unsigned(width)
     limit = unsigned(_shl(unsigned(1), by) - unsigned(1))
     found = 0
     for start in range(0, count, 64):
-        word = _flags(values.ctypes.data + start * values.itemsize, limit)
+        source = values.ctypes.data + start * values.itemsize
+        word = _flags(source, limit)
         _store64(address + start // 8, word)
-        while word:
-            j = start + np.int64(_trailing_zeros(word))
-            high[found] = _shr(values[j], by)
-            found += 1
-            word = np.uint64(word & np.uint64(word - np.uint64(1)))
+        if word:
+            _gather(high, found, values, start, word, by)
+            found += _ones(word)
     return found
 
 
@@ -395,27 +459,6 @@ def _block_bytes(header, bits):
 
 
 @loop
-def _add_flagged(values, count, width, bitmap, address, high_count, high_width):
-    """values[i] |= high << width for the marked i; False if their number is not high_count."""
-    unsigned = values.dtype.type
-    by = unsigned(width)
-    mask = np.uint64((np.uint64(1) << np.uint64(high_width)) - np.uint64(1))
-    found, bit = 0, 0
-    for start in range(0, count, 64):
-        word = _load64(bitmap + start // 8)
-        while word:
-            j = start + np.int64(_trailing_zeros(word))
-            if j >= count or found == high_count:
-                return False
-            high = (_load64(address + bit // 8) >> np.uint64(bit % 8)) & mask
-            values[j] = unsigned(values[j] | _shl(unsigned(high), by))
-            bit += high_width
-            found += 1
-            word = np.uint64(word & np.uint64(word - np.uint64(1)))
-    return found == high_count
-
-
-@loop
 def _get_bit_string(address, count, width, values):
     unsigned = values.dtype.type
     mask = np.uint64((np.uint64(1) << np.uint64(width)) - np.uint64(1))
@@ -426,26 +469,88 @@ def _get_bit_string(address, count, width, values):
         bit += width
 
 
+@intrinsic
+def _expand(_context, target, source, word, by):
+    """target[j] |= source[k] << by for the k-th set bit j of `word`; 64 elements at target."""
+
+    def generate(context, builder, _signature, args):
+        width = by.bitwidth
+        lanes = 512 // width
+        vector = ir.VectorType(ir.IntType(width), lanes)
+        flags = ir.VectorType(ir.IntType(1), lanes)
+        signature = ir.FunctionType(vector, [vector.as_pointer(), flags, vector])
+        name = f"llvm.masked.expandload.v{lanes}i{width}"
+        expand = cgutils.get_or_insert_function(builder.module, signature, name)
+        at, read, word = args[:3]
+        shifts = _spread(builder, args[3], lanes)
+        for start in range(0, 64, lanes):
+            bits = builder.lshr(word, ir.Constant(word.type, start))
+            bits = builder.trunc(bits, ir.IntType(lanes)) if lanes < 64 else bits
+            pointer = builder.inttoptr(read, vector.as_pointer())
+            none = ir.Constant(vector, [0] * lanes)
+            new = builder.call(expand, [pointer, builder.bitcast(bits, flags), none])
+            place = builder.inttoptr(
+                builder.add(at, ir.Constant(at.type, start * width // 8)), vector.as_pointer()
+            )
+            held = builder.load(place, align=1)
+            builder.store(builder.or_(held, builder.shl(new, shifts)), place, align=1)
+            ones = builder.ctpop(bits)
+            ones = builder.zext(ones, at.type) if lanes < 64 else ones
+            read = builder.add(read, builder.mul(ones, ir.Constant(at.type, width // 8)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.uint64, by), generate
+
+
+def _spreader():
+    """A jitted (target, to, source, begin, word, by): target[to + j] |= source[begin + k] << by for
+    the k-th set bit j of `word`."""
+    if HAS_COMPRESS:
+
+        @loop
+        def spread_out(target, to, source, begin, word, by):
+            size = target.itemsize
+            _expand(target.ctypes.data + to * size, source.ctypes.data + begin * size, word, by)
+
+    else:
+
+        @loop
+        def spread_out(target, to, source, begin, word, by):
+            unsigned = target.dtype.type
+            k = begin
+            while word:
+                j = to + np.int64(_trailing_zeros(word))
+                target[j] = unsigned(target[j] | _shl(source[k], by))
+                k += 1
+                word = np.uint64(word & np.uint64(word - np.uint64(1)))
+
+    return spread_out
+
+
+_spread_out = _spreader()
+
+
 @loop
-def _add_listed(values, count, width, bitmap, high, high_count):
-    """As `_add_flagged`, with the high parts in an array."""
-    unsigned = values.dtype.type
-    by = unsigned(width)
+def _add_flagged(values, count, width, bitmap, high, high_count):
+    """values[j] |= high[k] << width for the k-th marked j; False if not high_count are marked.
+
+    values has room for whole words of the bitmap.
+    """
+    by = values.dtype.type(width)
     found = 0
     for start in range(0, count, 64):
         word = _load64(bitmap + start // 8)
-        while word:
-            j = start + np.int64(_trailing_zeros(word))
-            if j >= count or found == high_count:
-                return False
-            values[j] = unsigned(values[j] | _shl(high[found], by))
-            found += 1
-            word = np.uint64(word & np.uint64(word - np.uint64(1)))
+        ones = _ones(word)
+        beyond = count - start < 64 and word >> np.uint64(count - start) != np.uint64(0)
+        if beyond or found + ones > high_count:
+            return False
+        _spread_out(values, start, high, found, word, by)
+        found += ones
     return found == high_count
 
 
 @loop
-def _unpack_block(address, header, z, second):
+def _unpack_block(address, header, z, second, third):
     """z = the block's distances; False when a bitmap does not mark as many as the header says."""
     unsigned = z.dtype.type
     w1, w2, w3 = header & 0xFF, (header >> 8) & 0xFF, (header >> 16) & 0xFF
@@ -460,19 +565,19 @@ def _unpack_block(address, header, z, second):
     if n1 == 0:
         return True
     strings = at + BLOCK // 8
-    if n2 == 0:
-        return _add_flagged(z, BLOCK, w1, at, strings, n1, w2)
     _get_bit_string(strings, n1, w2, second)
-    again = strings + (n1 * w2 + 63) // 64 * 8
-    if not _add_flagged(second, n1, w2, again, again + (n1 + 63) // 64 * 8, n2, w3):
-        return False
-    return _add_listed(z, BLOCK, w1, at, second, n1)
+    if n2:
+        again = strings + (n1 * w2 + 63) // 64 * 8
+        _get_bit_string(again + (n1 + 63) // 64 * 8, n2, w3, third)
+        if not _add_flagged(second, n1, w2, again, third, n2):
+            return False
+    return _add_flagged(z, BLOCK, w1, at, second, n1)
 
 
 @loop
 def unpack_chunks(data, sizes, skip, left, elems, base, out, blocks, fill):
     """`packed.unpack_exact`; 0, or 1 + the number of the first block not as it must be."""
-    z, reference, second, _ = blocks
+    z, reference, second, third = blocks
     unsigned = z.dtype.type
     block, chunk, done = 0, 0, 0
     at, end = data, data
@@ -491,7 +596,7 @@ def unpack_chunks(data, sizes, skip, left, elems, base, out, blocks, fill):
         if size == 0 or size > end - at or (is_last and size != end - at):
             return block + 1
         if first + BLOCK > skip:
-            if not _unpack_block(at, header, z, second):
+            if not _unpack_block(at, header, z, second, third):
                 return block + 1
             inside = max(skip - first, 0)
             n = min(BLOCK - inside, elems - done)
@@ -506,55 +611,47 @@ def unpack_chunks(data, sizes, skip, left, elems, base, out, blocks, fill):
 
 @loop
 def quantise_groups(values, elems, bits, packed, scales):
-    """fp32 at `values` as int8 or int4; see `reference_packed.quantise`.
-
-    Args:
-        packed: address of GROUP * bits / 8 bytes for every group begun; scales: of one uint16 each.
-    """
+    """`packed.quantise` for 8 or 4 bits."""
     level = np.float32(127 if bits == 8 else 7)
-    source = array(values, np.float32, elems)
     scale_bits = array(scales, np.uint16, (elems + GROUP - 1) // GROUP)
     half = GROUP // 2
     for start in range(0, elems, GROUP):
         n = min(GROUP, elems - start)
-        largest = np.float32(0)
-        for j in range(start, start + n):
-            magnitude = abs(source[j])
-            largest = magnitude if magnitude > largest else largest
+        source = array(values + start * 4, np.float32, n)
+        top = np.uint32(0)
+        for j in range(n):  # magnitudes order as their bits do
+            top = max(top, np.uint32(bits_of_f32(source[j]) & np.uint32(0x7FFFFFFF)))
+        largest = f32_of_bits(top)
         up = np.uint32(bits_of_f32(largest / level) + np.uint32(0xFFFF)) >> np.uint32(16)
         up = max(np.uint32(up), np.uint32(largest > np.float32(0)))
         scale_bits[start // GROUP] = np.uint16(up)
-        scale = f32_of_bits(np.uint32(np.uint32(up) << np.uint32(16)))
-        divisor = scale if up else np.float32(1)
+        divisor = f32_of_bits(np.uint32(np.uint32(up) << np.uint32(16))) if up else np.float32(1)
         if bits == 8:
             out = array(packed + start, np.int8, GROUP)
             for j in range(n):
-                quotient = min(max(source[start + j] / divisor, -level), level)
-                out[j] = np.int8(np.rint(quotient))
+                quotient = min(max(source[j] / divisor, -level), level)
+                out[j] = np.int8(np.int32(np.rint(quotient)))
             for j in range(n, GROUP):
                 out[j] = np.int8(0)
         else:
             pairs = array(packed + start // 2, np.uint8, half)
-            for j in range(half):
-                low = high = np.float32(0)
-                if j < n:
-                    low = min(max(source[start + j] / divisor, -level), level)
-                if half + j < n:
-                    high = min(max(source[start + half + j] / divisor, -level), level)
-                low_bits = np.int32(np.rint(low)) & np.int32(15)
-                high_bits = np.int32(np.rint(high)) & np.int32(15)
-                pairs[j] = np.uint8(low_bits | (high_bits << np.int32(4)))
+            for j in range(min(n, half)):
+                quotient = min(max(source[j] / divisor, -level), level)
+                pairs[j] = np.uint8(np.int32(np.rint(quotient)) & np.int32(15))
+            for j in range(n, half):
+                pairs[j] = np.uint8(0)
+            if n > half:
+                upper = array(values + (start + half) * 4, np.float32, n - half)
+                for j in range(n - half):
+                    quotient = min(max(upper[j] / divisor, -level), level)
+                    q = np.int32(np.rint(quotient)) << np.int32(4)
+                    pairs[j] = np.uint8(np.int32(pairs[j]) | (q & np.int32(0xF0)))
 
 
 @loop
 def dequantise_groups(packed, scales, bits, skip, elems, out):
-    """The fp32 values of `elems` elements to `out`.
-
-    Args:
-        packed, scales: addresses of the group in which they begin; skip: its elements left out.
-    """
-    groups = -(-(skip + elems) // GROUP)
-    target = array(out, np.float32, elems)
+    """`packed.dequantise` for 8 or 4 bits."""
+    groups = (skip + elems + GROUP - 1) // GROUP
     scale_bits = array(scales, np.uint16, groups)
     half = GROUP // 2
     for group in range(groups):
@@ -562,14 +659,23 @@ def dequantise_groups(packed, scales, bits, skip, elems, out):
         begin = group * GROUP - skip
         low, high = max(0, -begin), min(GROUP, elems - begin)
         if bits == 8:
-            signed = array(packed + group * GROUP, np.int8, GROUP)
-            for j in range(low, high):
-                target[begin + j] = np.float32(signed[j]) * scale
+            signed = array(packed + group * GROUP + low, np.int8, high - low)
+            target = array(out + (begin + low) * 4, np.float32, high - low)
+            for j in range(high - low):
+                target[j] = np.float32(np.int32(signed[j])) * scale
         else:
-            pairs = array(packed + group * half, np.uint8, half)
-            for j in range(low, min(high, half)):
-                q = np.int32(np.int32(pairs[j] & np.uint8(15)) ^ np.int32(8)) - np.int32(8)
-                target[begin + j] = np.float32(q) * scale
-            for j in range(max(low, half), high):
-                q = np.int32(np.int32(pairs[j - half] >> np.uint8(4)) ^ np.int32(8)) - np.int32(8)
-                target[begin + j] = np.float32(q) * scale
+            pairs = packed + group * half
+            count = min(high, half) - low
+            if count > 0:
+                lower = array(pairs + low, np.uint8, count)
+                target = array(out + (begin + low) * 4, np.float32, count)
+                for j in range(count):
+                    q = np.int32(np.int32(lower[j]) & np.int32(15)) ^ np.int32(8)
+                    target[j] = np.float32(np.int32(q - np.int32(8))) * scale
+            low = max(low, half)
+            if high > low:
+                upper = array(pairs + low - half, np.uint8, high - low)
+                target = array(out + (begin + low) * 4, np.float32, high - low)
+                for j in range(high - low):
+                    q = np.int32(np.int32(upper[j]) >> np.int32(4)) ^ np.int32(8)
+                    target[j] = np.float32(np.int32(q - np.int32(8))) * scale

@@ -27,7 +27,6 @@ from optimer_engine.events import Advanced, Callback, Event, Finished, Started
 from optimer_engine.folder_sink import FolderSink
 from optimer_engine.kept import Kept
 from optimer_engine.methods.protocol import Pass, Statistics
-from optimer_engine.methods.sparse import stream as random_stream
 from optimer_engine.operands import Stored
 from optimer_engine.planner import MEM_LIMIT, Plan, plan, plan_difference
 from optimer_engine.recipe import Recipe, fingerprint
@@ -322,6 +321,8 @@ class _Execution:
                 return read_bytes, 0
             bad = job.method.merge(cut, job.state, computed)
         if computed is not out:
+            from optimer_engine.methods.sparse import stream as random_stream
+
             for info, first, low, high in run.parts(start, stop):
                 part = slice(low - start, high - start)
                 key = random_stream(self.plan.rounding_seed or 0, "rounding", info.name)

@@ -8,6 +8,7 @@
     ├── MemoryLimitError   MemoryError      a plan that does not fit the memory limit
     ├── MissingExtraError  ImportError      an optional library that is not installed
     └── OutputError        OSError          the output cannot be written (exit code 3)
+        └── BusyError                       another run is writing it (exit code 4)
 
 Each class inherits its standard-library cousin too, so `except ValueError` keeps working in code
 that knows nothing of this project. An error says where it happened, what was found against what was
@@ -68,6 +69,12 @@ class OutputError(OptimerError, OSError):
 
     def __init__(self, what: str, *, where: str = "", todo: str = "") -> None:
         OptimerError.__init__(self, what, where=where, todo=todo)
+
+
+class BusyError(OutputError):
+    """Another process holds the output."""
+
+    exit_code = 4
 
 
 def quoted(text: object) -> str:

@@ -29,8 +29,9 @@ deltas, one rounding at the end, and a search for NaN.
 
 from __future__ import annotations
 
-from optimer_engine.methods import fusion, linear, sparse, spherical  # noqa: F401  # they register
-from optimer_engine.methods.function import elementwise, per_tensor
+import importlib
+from typing import TYPE_CHECKING
+
 from optimer_engine.methods.protocol import (
     GRANULE,
     Fold,
@@ -43,7 +44,10 @@ from optimer_engine.methods.protocol import (
     prepare,
 )
 from optimer_engine.methods.registry import get, names, register
-from optimer_engine.methods.run import merge_arrays
+
+if TYPE_CHECKING:
+    from optimer_engine.methods.function import elementwise, per_tensor
+    from optimer_engine.methods.run import merge_arrays
 
 __all__ = [
     "GRANULE",
@@ -62,3 +66,12 @@ __all__ = [
     "prepare",
     "register",
 ]
+
+_HOME = {"elementwise": "function", "per_tensor": "function", "merge_arrays": "run"}
+
+
+def __getattr__(name: str) -> object:
+    """Loaded on first use: a plan of weighted sums needs none of these."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

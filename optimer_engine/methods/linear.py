@@ -9,7 +9,6 @@ import numpy as np
 from optimer_engine.errors import RecipeError
 from optimer_engine.methods.protocol import Fold, Method, Parameter, Tile
 from optimer_engine.methods.registry import register
-from optimer_engine.methods.tiles import merge_fold
 from optimer_engine.tensor_recipe import Settings, TensorRecipe
 
 WEIGHT = Parameter(float, per_source=True, meaning="w_i")
@@ -23,6 +22,8 @@ class _Folded(Method):
 
     def merge(self, tile: Tile, state: Any, out: np.ndarray) -> bool:
         """Write the weighted sum."""
+        from optimer_engine.methods.tiles import merge_fold  # with the kernels
+
         fold = self.fold(tile.recipe)
         assert fold is not None
         return merge_fold(tile, fold, out)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def propose(
             "the paper's method needs Optuna", todo="pip install optuna, or leave `method` out"
         ) from error
     names = [f"w{i:04d}" for i in range(len(space.names))]
-    box = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in names}
+    box: dict[str, Any] = {n: optuna.distributions.FloatDistribution(0.0, 1.0) for n in names}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

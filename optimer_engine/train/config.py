@@ -12,7 +12,8 @@
 One dataset makes a continual pre-training (CPT) run, and by default its distribution vector;
 several datasets make the data-mixture baseline that merging is compared with. Both are the same run
 under the same budget in tokens, so their costs can be compared: the budget decides the number of
-optimizer steps, never the number of epochs.
+optimizer steps, never the number of epochs. With `pool: FOLDER` the same file means a run for each
+dataset (see `pool`), and the mixture of equal cost is one option away (see `ratios`).
 
 Two defaults differ from the habit of the field, for the sake of the vectors:
 
@@ -37,7 +38,7 @@ from optimer_engine.recipe import decode
 
 Count = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=64)]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -55,6 +56,7 @@ class DatasetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ratio: share of the tokens, relative to the other datasets'; all or none give it, and none
             means equal shares. 0 leaves the dataset out.
         split, subset, revision: of a folder or Hub dataset; `subset` is its configuration name.
+        license: of the text, as a model card names it (`cc-by-4.0`); travels with the vector.
     """
 
     name: Name
@@ -66,6 +68,21 @@ class DatasetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
+    license: str | None = None
+
+
+class RatioOrigin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where ratios came from that `--ratios-from` filled in.
+
+    Attributes:
+        weights: of the search's best point, by vector.
+        left_out: vectors without a dataset here, such as the instruct vector.
+        rule: how weights became ratios.
+    """
+
+    weights: dict[str, float]
+    left_out: list[str]
+    rule: str
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,7 +108,20 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         save_dtype: dtype of the trained model; by default float32 where a vector is taken from it
             and the base's dtype where not.
         vector: write the distribution vector; by default for one dataset and not for a mixture.
+        mode: `full` trains every parameter, `frozen_embeddings` all but input and output token
+            embeddings, `lora` an adapter, which is the run's result and merges as it is.
+        lora: of mode lora, settings of `peft.LoraConfig` by their names there.
+        separate_documents: keep attention and prediction inside each document of a block (needs an
+            architecture that restarts attention where positions restart; checked).
+        heldout: share of each dataset's documents that is not trained on; they are written to the
+            run folder, and the base and the trained model are scored on them.
+        vector_mode: how the vector is stored, see `optimer pack`; a LoRA run keeps its adapter.
+        keep_checkpoints: keep the weights of every checkpoint in RUN/trajectory.
+        keep_model: False removes the trained checkpoint once its vector is written.
+        cache: folder for packed tokens, shared by runs; by default in the run folder.
+        pool: a pool folder; each dataset is then trained by itself and its vector put there.
         training_arguments: anything else of `transformers.TrainingArguments`, by its name there.
+        ratios_from: filled in by `with_ratios_from`.
 
     Raises:
         RecipeError: a value that cannot be meant.
@@ -114,10 +144,21 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     save_every: Count = 500
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     vector: bool | None = None
+    mode: Literal["full", "frozen_embeddings", "lora"] = "full"
+    lora: dict[str, Any] = {}
+    separate_documents: bool = False
+    heldout: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
+    vector_mode: Literal["float32", "exact", "bf16", "int8", "int4"] = "float32"
+    keep_checkpoints: bool = False
+    keep_model: bool = True
+    cache: str | None = None
+    pool: str | None = None
     training_arguments: dict[str, Any] = {}
+    ratios_from: RatioOrigin | None = None
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "tokens", token_count(self.tokens))
+        self._check_result()
         names = [dataset.name for dataset in self.datasets]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RecipeError(
@@ -136,9 +177,27 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if given and not (math.isfinite(sum(given)) and sum(given) > 0):
             raise RecipeError(f"ratios {given} have no positive, finite sum", where="datasets")
 
+    def _check_result(self) -> None:
+        """Refuse settings of the result that exclude each other."""
+        lora = self.mode == "lora"
+        if self.lora and not lora:
+            raise RecipeError(f"mode is {self.mode}", where="lora", todo="set mode: lora")
+        if lora and (self.vector is False or self.vector_mode != "float32"):
+            raise RecipeError(
+                "an adapter is the result of a LoRA run, as it is", where="mode: lora",
+                todo="leave out vector and vector_mode",
+            )  # fmt: skip
+        if not (self.keep_model or lora or self.makes_vector or self.pool):
+            raise RecipeError(
+                "nothing would be left of the run", where="keep_model",
+                todo="set vector: true, or leave out keep_model",
+            )  # fmt: skip
+
     @property
     def makes_vector(self) -> bool:
-        """Whether the run ends with a distribution vector."""
+        """Whether the run ends with a distribution vector (an adapter is one of its own kind)."""
+        if self.mode == "lora":
+            return False
         return len(self.datasets) == 1 if self.vector is None else self.vector
 
     @property
@@ -157,6 +216,19 @@ def checked(config: TrainConfig) -> TrainConfig:
         RecipeError: with the key and the reason.
     """
     return decode(msgspec.to_builtins(config), TrainConfig, "training config")
+
+
+_NOT_THE_RUN = ("pool", "cache", "keep_model", "keep_checkpoints")
+
+
+def identity_of(config: TrainConfig) -> dict[str, Any]:
+    """What of a configuration decides a run's numbers, as plain data."""
+    settings = msgspec.to_builtins(config)
+    for key in _NOT_THE_RUN:
+        del settings[key]
+    for dataset in settings["datasets"]:
+        del dataset["license"]
+    return settings
 
 
 def token_count(text: int | float | str) -> int:

@@ -46,6 +46,12 @@ class Corpus(msgspec.Struct, frozen=True):
     fingerprint: str
     bytes: int
 
+    @property
+    def ids(self) -> list[str]:
+        """The dataset's id on the Hub, if it comes from there."""
+        named = [self.config.data] if isinstance(self.config.data, str) else self.config.data
+        return named if self.kind == "hub" and not self.files else []
+
 
 def find(dataset: DatasetConfig) -> Corpus:
     """Find a dataset's files and fingerprint their contents.

@@ -17,6 +17,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+NO_LABEL = -100
+"""The label that the loss of Transformers leaves out."""
+
 
 class BlockSchedule:
     """Blocks in training order; the map-style dataset that the Trainer reads.
@@ -27,6 +30,7 @@ class BlockSchedule:
         ratios: shares with sum 1.
         n_blocks: length of the run in blocks.
         seed: of the orders.
+        separator: the EOS token, to keep documents apart (see `example`); None to join them.
 
     Attributes:
         counts: blocks of each dataset in the run, with sum `n_blocks`.
@@ -39,8 +43,9 @@ class BlockSchedule:
         ratios: Sequence[float],
         n_blocks: int,
         seed: int,
+        separator: int | None = None,
     ) -> None:
-        self._blocks = blocks
+        self._blocks, self._separator = blocks, separator
         self.counts = split_exactly(ratios, n_blocks)
         self._dataset = spread_evenly(self.counts)
         self._block = np.empty(n_blocks, dtype=np.int64)
@@ -51,9 +56,45 @@ class BlockSchedule:
         return len(self._block)
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        """`input_ids` and `labels` of one block, both int64 of shape (block_size,)."""
-        block = self._blocks[self._dataset[position]][self._block[position]].astype(np.int64)
-        return {"input_ids": block, "labels": block}
+        """One block as `example` gives it."""
+        block = self._blocks[self._dataset[position]][self._block[position]]
+        return example(block, self._separator)
+
+
+class Blocks:
+    """The blocks of one dataset as they lie, for evaluation."""
+
+    def __init__(self, blocks: np.ndarray, separator: int | None) -> None:
+        self._blocks, self._separator = blocks, separator
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        """One block as `example` gives it."""
+        return example(self._blocks[position], self._separator)
+
+
+def example(block: np.ndarray, separator: int | None) -> dict[str, np.ndarray]:
+    """What the model is given of a block; int64 arrays of shape (block_size,).
+
+    With a separator, positions restart after each one, at which attention restarts as well, and
+    the first token of a document has no label: nothing of its own document could predict it.
+    """
+    tokens = block.astype(np.int64)
+    if separator is None:
+        return {"input_ids": tokens, "labels": tokens}
+    places = np.arange(len(tokens))
+    first = np.flatnonzero(tokens[:-1] == separator) + 1
+    start = np.zeros_like(places)
+    start[first] = first
+    labels = tokens.copy()
+    labels[first] = NO_LABEL
+    return {
+        "input_ids": tokens,
+        "labels": labels,
+        "position_ids": places - np.maximum.accumulate(start),
+    }
 
 
 def split_exactly(ratios: Sequence[float], total: int) -> list[int]:

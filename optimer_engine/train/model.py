@@ -55,15 +55,13 @@ def find_base(model: str, revision: str | None) -> Base:
         return Base(folder, checkpoint.fingerprint, elems.most_common(1)[0][0])
 
 
-def load(base: Path, block_size: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base as a causal language model in float32, and its tokenizer.
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer.
 
     Raises:
-        CheckpointError: either cannot be loaded, no EOS token, tensors missing or unknown.
-        RecipeError: `block_size` exceeds the base's positions.
+        CheckpointError: it cannot be loaded, or has no EOS token.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
@@ -79,10 +77,27 @@ def load(base: Path, block_size: int) -> tuple[PreTrainedModel, PreTrainedTokeni
             where=str(base),
             todo="set eos_token in tokenizer_config.json",
         )
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def load(base: Path, block_size: int, dtype: str = "float32") -> PreTrainedModel:
+    """The base as a causal language model.
+
+    Args:
+        dtype: what its weights are held in; float32 where they are trained.
+
+    Raises:
+        CheckpointError: it cannot be loaded, tensors missing or unknown.
+        RecipeError: `block_size` exceeds the base's positions.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -109,19 +124,68 @@ def load(base: Path, block_size: int) -> tuple[PreTrainedModel, PreTrainedTokeni
             where="block_size",
             todo=f"set it to at most {positions}",
         )
-    return model, tokenizer
+    result: PreTrainedModel = model
+    return result
+
+
+def check_separable(model: PreTrainedModel, separator: int) -> None:
+    """Check that attention restarts where positions restart, by trying it.
+
+    Raises:
+        RecipeError: what stands before a document changes what the model makes of it.
+    """
+    import torch
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():  # no process holds weights to try
+        return
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
+    tokens = torch.arange(12) * 7919 % vocabulary
+    places = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6])
+    other = tokens.clone()
+    other[:4] = (other[:4] + 1) % vocabulary
+    tokens[4] = other[4] = separator
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = [
+            model(input_ids=t[None], position_ids=places[None], use_cache=False).logits[0, 5:]
+            for t in (tokens.to(model.device), other.to(model.device))
+        ]
+    model.train(training)
+    if not torch.equal(*logits):
+        raise RecipeError(
+            f"{type(model).__name__} attends across documents although positions restart",
+            where="separate_documents",
+            todo="leave it out",
+        )
 
 
 def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str, folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    folder: Path,
+    weights: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint folder that appears only when it is whole."""
+    """Write a checkpoint folder that appears only when it is whole.
+
+    Args:
+        weights: the model's tensors by name, where it does not hold them itself.
+    """
     import torch
 
     partial = folder.with_name(folder.name + ".partial")
     for leftover in (partial, folder):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.to(getattr(torch, dtype)).save_pretrained(partial)
+    to = getattr(torch, dtype)
+    if weights is None:
+        model.to(to).save_pretrained(partial)
+    else:
+        cast = {n: t.to(to) if t.is_floating_point() else t for n, t in weights.items()}
+        model.config.dtype = to
+        model.save_pretrained(partial, state_dict=cast)
     tokenizer.save_pretrained(partial)
     mode = (partial / "config.json").stat().st_mode
     for path in partial.iterdir():

@@ -19,6 +19,8 @@ class DatasetReport(msgspec.Struct, frozen=True, kw_only=True):
         ratio: share asked for, of 1.
         blocks: blocks trained on.
         epochs: how often the dataset was gone through; above 1 it was too short for its share.
+        heldout_bits_per_byte: on the documents held out, of the `base` and the `trained` model.
+        license: as configured; `ids`: names on the Hub that the text has.
     """
 
     name: str
@@ -29,6 +31,9 @@ class DatasetReport(msgspec.Struct, frozen=True, kw_only=True):
     ratio: float
     blocks: int
     epochs: float
+    heldout_bits_per_byte: dict[str, float] = {}
+    license: str | None = None
+    ids: list[str] = []
 
 
 class TrainReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +52,10 @@ class TrainReport(msgspec.Struct, frozen=True, kw_only=True):
         device: where.
         save_dtype: of the model.
         resumed_from: the step at which the run was last continued, 0 if it never was.
-        model, vector: the folders written.
+        processes: that trained side by side.
+        run: hash of the run's identity: configuration, base and text.
+        model, vector: the folders written, or None. `vector` is what merges as a source: a
+            distribution vector, or the adapter of a LoRA run.
         versions: of Python and the libraries that decide the numbers.
     """
 
@@ -64,6 +72,8 @@ class TrainReport(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     save_dtype: str
     resumed_from: int
-    model: str
+    processes: int = 1
+    run: str = ""
+    model: str | None
     vector: str | None
     versions: dict[str, str]

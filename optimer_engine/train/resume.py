@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from optimer_engine.errors import OutputError, RecipeError
 
 MARKER = "checkpoint.ok"
 _REQUIRED = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("optimizer.pt",),
-    ("scheduler.pt",),
-    ("rng_state.pth",),
+    ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
+     "pytorch_model_fsdp*", "global_step*"),
+    ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    ("scheduler.pt", "global_step*"),
+    ("rng_state.pth", "rng_state_*.pth"),
     ("trainer_state.json",),
-)
+)  # fmt: skip
+"""Patterns, one of each group: the usual name first, then those of LoRA, FSDP and DeepSpeed."""
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -39,9 +42,11 @@ def mark_complete(checkpoint: Path) -> None:
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
     (checkpoint / MARKER).unlink(missing_ok=True)
     sizes = {}
-    for path in sorted(checkpoint.iterdir()):
-        sizes[path.name] = path.stat().st_size
+    for path in sorted(checkpoint.rglob("*")):  # FSDP and DeepSpeed write folders in it
         sync(path)
+        if path.is_file():
+            sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+    sync(checkpoint)
     replace_file(checkpoint / MARKER, msgspec.json.format(msgspec.json.encode(sizes)))
     sync(checkpoint.parent)
 
@@ -52,9 +57,9 @@ def defect(checkpoint: Path) -> str | None:
         sizes = msgspec.json.decode((checkpoint / MARKER).read_bytes(), type=dict[str, int])
     except (OSError, msgspec.DecodeError):
         return f"no {MARKER}: it was not saved to its end"
-    for names in _REQUIRED:
-        if not any(name in sizes for name in names):
-            return f"{names[0]} was never saved"
+    for patterns in _REQUIRED:
+        if not any(fnmatch(name, pattern) for name in sizes for pattern in patterns):
+            return f"{patterns[0]} was never saved"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.exists():
@@ -82,6 +87,32 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
         messages.append(f"{path.name} is incomplete and was removed: {reason}")
         shutil.rmtree(path)
     return None, messages
+
+
+def keep_weights(checkpoint: Path, folder: Path) -> None:
+    """Keep a checkpoint's weights and configuration as `folder`, without a second copy on the disk.
+
+    They are hard links, where the file system has them: the Trainer may remove its own names.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for pattern in ("*.safetensors", "*.safetensors.index.json", "*config.json"):
+        for path in checkpoint.glob(pattern):
+            link_or_copy(path, partial / path.name)
+    sync(partial)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def link_or_copy(path: Path, to: Path) -> None:
+    """A second name for a file, or a copy where there are no hard links."""
+    try:
+        to.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, to)
+        sync(to)
 
 
 def check_same_run(identity: Path, now: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""The only module that knows the Trainer of Transformers: its arguments, its log, its checkpoints.
+"""The Trainer of Transformers: its arguments, and what is added to its loop.
 
-The loop, the optimizer, mixed precision and the resuming of their states are the Trainer's. Added
-here is what it leaves open: a loss that is not finite stops the run at once, every checkpoint is
-marked once it is whole, and the log is a JSONL file instead of text on standard output.
+The loop, the optimizer, mixed precision, several GPUs and the resuming of their states are the
+Trainer's. Added is what it leaves open: a loss that is not finite stops the run at once, every
+checkpoint is marked once it is whole, and the log, with bits per byte, is a JSONL file instead of
+text on standard output (see `callbacks`).
 """
 
 from __future__ import annotations
@@ -10,22 +11,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from optimer_engine.errors import NonFiniteError, RecipeError
-from optimer_engine.progress import QUIET_S
+from optimer_engine.errors import RecipeError
+from optimer_engine.train.callbacks import MarkCheckpoints, non_finite
 from optimer_engine.train.config import TrainConfig
-from optimer_engine.train.mixture import BlockSchedule
-from optimer_engine.train.resume import mark_complete
+from optimer_engine.train.mixture import Blocks, BlockSchedule
 
 _OWN_KEYS = {
     "per_device_train_batch_size": "batch_size",
@@ -51,8 +48,7 @@ _REFUSED = {
     "enable_jit_checkpoint", "resume_from_checkpoint", "ignore_data_skip", "logging_nan_inf_filter",
     "load_best_model_at_end", "auto_find_batch_size", "dataloader_drop_last",
     "train_sampling_strategy", "remove_unused_columns", "label_names", "data_seed", "disable_tqdm",
-    "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_on_start",
-    "local_rank", "push_to_hub",
+    "do_train", "do_eval", "do_predict", "eval_on_start", "prediction_loss_only", "push_to_hub",
 }  # fmt: skip
 """TrainingArguments that would break what the run promises: its budget, its order, its resuming."""
 
@@ -97,6 +93,12 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         recompute: config.gradient_checkpointing,
         "use_cpu": not torch.accelerator.is_available(),
     }
+    if config.heldout:
+        defaults |= {
+            "eval_strategy": "steps",
+            "eval_steps": config.save_every,
+            "per_device_eval_batch_size": config.batch_size,
+        }
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -119,17 +121,31 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"refused by the Trainer: {error}", where="training config") from error
-    if arguments.world_size > 1:
+    if not config.heldout and arguments.eval_strategy != "no":
         raise RecipeError(
-            f"started as {arguments.world_size} processes, expected one",
-            where="training",
-            todo="start it without a launcher",
+            f"is {arguments.eval_strategy}, and there is no held-out text",
+            where="training_arguments: eval_strategy",
+            todo="set heldout, such as 0.01",
         )
     return arguments
 
 
 class CptTrainer(Trainer):
-    """The Trainer, stopping at a loss that is not a number."""
+    """The Trainer, stopping at a loss that is not a number and logging bits per byte.
+
+    Attributes:
+        bytes_per_token: of the mixture (key ""), and of each held-out dataset.
+    """
+
+    bytes_per_token: Mapping[str, float]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hand a log to every callback, the user's reporters among them, with bits per byte."""
+        for name, size in self.bytes_per_token.items():
+            prefix = f"eval_{name}_" if name else ""
+            if f"{prefix}loss" in logs:
+                logs[f"{prefix}bits_per_byte"] = logs[f"{prefix}loss"] / math.log(2) / size
+        super().log(logs, start_time)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass.
@@ -148,129 +164,52 @@ def make_trainer(
     tokenizer: transformers.PreTrainedTokenizerBase,
     arguments: TrainingArguments,
     schedule: BlockSchedule,
+    heldout: dict[str, Blocks],
+    bytes_per_token: Mapping[str, float],
+    trajectory: Path | None,
     callbacks: list[TrainerCallback],
 ) -> CptTrainer:
-    """A Trainer that prints nothing, marks its checkpoints and calls `callbacks`."""
+    """A Trainer that prints nothing, marks its checkpoints and calls `callbacks`.
+
+    Args:
+        heldout: what is evaluated on, by dataset.
+        bytes_per_token: see `CptTrainer`.
+        trajectory: where the weights of all checkpoints are kept.
+    """
     trainer = CptTrainer(
         model=model,
         args=arguments,
         train_dataset=schedule,
+        eval_dataset=heldout or None,
         data_collator=transformers.default_data_collator,
         processing_class=tokenizer,
-        callbacks=[*callbacks, MarkCheckpoints()],
+        callbacks=[*callbacks, MarkCheckpoints(trajectory)],
     )
+    trainer.bytes_per_token = bytes_per_token
     trainer.remove_callback(PrinterCallback)  # it prints to standard output
     return trainer
 
 
-def non_finite(what: str, value: float, step: int, arguments: TrainingArguments) -> NonFiniteError:
-    """The error of a run that has diverged."""
-    return NonFiniteError(
-        f"the {what} became {value} at step {step}",
-        where="training",
-        todo=f"lower learning_rate (now {arguments.learning_rate:g}) or lengthen warmup, in a new"
-        f" output folder; checkpoints before this step are in {arguments.output_dir}",
-    )
+def gathered_weights(trainer: CptTrainer, checkpoints: Path) -> dict[str, torch.Tensor] | None:
+    """The trained weights where the model in memory holds a part of them only, or a 16-bit copy.
 
-
-class MarkCheckpoints(TrainerCallback):
-    """Marks each checkpoint when it is whole (see `resume`)."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer has written its files."""
-        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-class TrainLog(TrainerCallback):
-    """Writes `train_log.jsonl`, one object a line; a resumed run goes on where its checkpoint was.
-
-    Keys: `step`; `tokens` trained on so far; `loss`, the mean in nats per token since the line
-    before; `bits_per_byte`, the same over the mean bytes per token of the whole text, so an
-    estimate for the few blocks concerned; `learning_rate`; `grad_norm` of the last step, before
-    clipping; `seconds` of training, those before an interruption included.
-
-    Args:
-        path: the file.
-        tokens_per_step: tokens in an optimizer step.
-        bytes_per_token: mean over the run's mixture.
+    Called by every process; the first one gets the result. None where the model itself is whole.
     """
+    if trainer.is_deepspeed_enabled:
+        if not trainer.is_world_process_zero():
+            return {}
+        # The engine's module is a 16-bit copy; the float32 weights are in the last checkpoint.
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    def __init__(self, path: Path, tokens_per_step: int, bytes_per_token: float) -> None:
-        self.path = path
-        self.tokens_per_step = tokens_per_step
-        self.bytes_per_token = bytes_per_token
-        self.last: dict[str, float] = {}
-        self._before_s = self._start_s = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop lines after the step that is continued from."""
-        lines = []
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(msgspec.DecodeError):  # a line cut short by a kill
-                if (entry := msgspec.json.decode(line))["step"] <= state.global_step:
-                    lines.append(line)
-                    self.last = entry
-        self.path.write_bytes(b"".join(line + b"\n" for line in lines))
-        self._before_s = self.last.get("seconds", 0.0)
-        self._start_s = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log the last step, and before every save: a run gone wrong must not be saved."""
-        if control.should_save or control.should_training_stop:
-            control.should_log = True
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Append one line.
-
-        Raises:
-            NonFiniteError: the loss or the gradient's norm is not finite.
-        """
-        logs = kwargs["logs"]
-        if "loss" not in logs:
-            return
-        for key in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(key, 0.0)):
-                raise non_finite(key.replace("_", " "), logs[key], state.global_step, args)
-        self.last = {
-            "step": state.global_step,
-            "tokens": state.global_step * self.tokens_per_step,
-            "loss": logs["loss"],
-            "bits_per_byte": logs["loss"] / math.log(2) / self.bytes_per_token,
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs.get("grad_norm", 0.0),
-            "seconds": round(self._before_s + time.monotonic() - self._start_s, 3),
-        }
-        with self.path.open("ab") as file:
-            file.write(msgspec.json.encode(self.last) + b"\n")
-
-
-class ProgressBar(TrainerCallback):
-    """A bar over the run's tokens, on stderr."""
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar at the step that is continued from."""
-        per_step = self.tokens_per_step
-        self._bar = tqdm(
-            desc="training", unit="tok", unit_scale=True, delay=QUIET_S,
-            total=state.max_steps * per_step, initial=state.global_step * per_step,
-        )  # fmt: skip
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance by one step."""
-        self._bar.update(self.tokens_per_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the loss."""
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        self._bar.close()
+        last = checkpoints / f"checkpoint-{trainer.state.global_step}"
+        found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(last))
+        return found
+    if trainer.is_fsdp_enabled:
+        gathered: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(
+            trainer.model_wrapped
+        )
+        return gathered
+    return None
 
 
 @contextlib.contextmanager

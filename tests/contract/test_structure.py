@@ -21,7 +21,7 @@ ORDER = [
     "errors", "durable", "types", "tensor_recipe", "strict_yaml", "recipe", "safetensors_format",
     "checkpoint", "hub", "report", "journal", "events", "progress",
     "methods", "operands", "resized", "quantized", "adapter", "vectors", "runs", "mergekit", "alignment", "layout", "lowering", "planner", "explain",
-    "ops", "sink", "kept", "shard_file", "folder_sink", "engine", "iteration", "spread", "verify", "packing", "inspection",
+    "ops", "sink", "kept", "shard_file", "work_folder", "folder_sink", "engine", "iteration", "spread", "verify", "packing", "inspection",
     "search", "train", "demo", "cli",
 ]  # fmt: skip
 # A plan runs itself, inside two of its methods.

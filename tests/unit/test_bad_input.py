@@ -171,13 +171,49 @@ def test_an_output_that_holds_files_is_left_alone(case, tmp_path):
     assert (tmp_path / "out" / "precious").read_text() == "mine"
 
 
-def test_leftovers_of_an_interrupted_run_are_replaced(case, tmp_path):
+def test_a_folder_that_no_merge_left_is_not_emptied(case, tmp_path):
     recipe, _, _ = case
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
-    merge(recipe, tmp_path / "out")
+    (tmp_path / "out.partial" / "precious").write_bytes(b"mine")
+    with pytest.raises(RecipeError, match="holds precious, which no merge left there"):
+        merge(recipe, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "precious").read_bytes() == b"mine"
+    merge(recipe, tmp_path / "out", discard=True)
     assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out" / "precious").exists()
     plan({**recipe, "base": str(tmp_path / "out")})
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_an_input_is_never_taken_for_a_work_folder(case, tmp_path, discard):
+    recipe, base, _ = case
+    moved = base.rename(tmp_path / "out.partial")
+    before = sorted(p.name for p in moved.iterdir())
+    with pytest.raises(RecipeError, match="in or around the input"):
+        merge({**recipe, "base": str(moved)}, tmp_path / "out", discard=discard)
+    assert sorted(p.name for p in moved.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["link", "link at work", "dangling", "nothing", "above"])
+def test_a_place_that_nothing_can_be_renamed_to_is_refused_at_once(case, tmp_path, kind):
+    recipe, _, _ = case
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_bytes(b"mine")
+    out, words = tmp_path / "out", "is a link"
+    if kind == "link":
+        out.symlink_to(tmp_path / "elsewhere")
+    elif kind == "link at work":
+        (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
+    elif kind == "dangling":
+        out.symlink_to(tmp_path / "nowhere")
+    else:
+        out = tmp_path / ("." if kind == "nothing" else "elsewhere/..")
+        words = "in or around" if kind == "nothing" else "not the name of a folder"
+    refused_with = pytest.raises(RecipeError, match=words)
+    with refused_with:
+        merge(recipe, out)
+    assert (tmp_path / "elsewhere" / "precious").read_bytes() == b"mine"
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_source_that_shrinks_while_it_is_read_is_an_error(case, tmp_path):

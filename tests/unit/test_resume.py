@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 
 import pytest
 import torch
 
 from optimer_engine import FolderSink, folder_sink, merge, plan
-from optimer_engine.errors import OutputError, RecipeError
-from optimer_engine.journal import Journal
+from optimer_engine.errors import BusyError, OutputError, RecipeError
+from optimer_engine.journal import Claim, Journal
 from tests.conftest import nearby, random_tensors
 
 
@@ -32,6 +34,10 @@ def recipe(write_checkpoint, monkeypatch):
 
 def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "report.json"}
+
+
+def shards(folder):
+    return {name: data for name, data in contents(folder).items() if name.endswith("safetensors")}
 
 
 class StopsAfter(FolderSink):
@@ -77,12 +83,12 @@ def test_a_full_disk_on_the_second_try_keeps_what_the_first_did(recipe, tmp_path
     from collections import namedtuple
 
     run_until(recipe, tmp_path / "out", 5, KeyboardInterrupt())
-    kept = contents(tmp_path / "out.partial")
+    kept = shards(tmp_path / "out.partial")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, -(10**9)))
     with pytest.raises(OutputError, match="are free"):
         merge(recipe, tmp_path / "out")
-    assert contents(tmp_path / "out.partial") == kept
+    assert shards(tmp_path / "out.partial") == kept
 
 
 def test_an_error_in_the_input_leaves_nothing_to_continue(recipe, tmp_path):
@@ -90,7 +96,7 @@ def test_an_error_in_the_input_leaves_nothing_to_continue(recipe, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "ja"]
 
 
-@pytest.mark.parametrize("damage", ["data", "journal line", "journal tail", "no journal", "cut"])
+@pytest.mark.parametrize("damage", ["data", "journal line", "journal tail", "journal head", "cut"])
 def test_what_was_damaged_meanwhile_is_made_again(recipe, tmp_path, damage):
     merge(recipe, tmp_path / "whole")
     run_until(recipe, tmp_path / "out", 3, KeyboardInterrupt())
@@ -103,8 +109,9 @@ def test_what_was_damaged_meanwhile_is_made_again(recipe, tmp_path, damage):
         shard.write_bytes(content)
     elif damage == "cut":
         shard.write_bytes(shard.read_bytes()[:-50])
-    elif damage == "no journal":
-        journal.unlink()
+    elif damage == "journal head":
+        journal.write_bytes(b"x" + journal.read_bytes()[1:])
+        (partial / "model-00009-of-00009.safetensors").write_bytes(b"of another layout")
     else:
         text = bytearray(journal.read_bytes())
         text[-20 if damage == "journal tail" else len(text) // 2] ^= 1
@@ -128,7 +135,7 @@ def test_the_interrupted_merge_of_another_recipe_is_kept_unless_discarded(recipe
 def test_a_second_run_on_the_same_output_is_refused_and_harmless(recipe, tmp_path):
     first = FolderSink(tmp_path / "out")
     first.open(plan(recipe))
-    with pytest.raises(RecipeError, match="another run is writing it now"):
+    with pytest.raises(BusyError, match=f"another run is writing it now: process {os.getpid()} on"):
         merge(recipe, tmp_path / "out")
     assert (tmp_path / "out.partial").exists()
     first.abort(KeyboardInterrupt())
@@ -174,22 +181,39 @@ replace(plan(recipe, threads=1), tile_bytes=4096).run(FolderSink(out))
 
 def test_the_journal_gives_back_its_valid_prefix(tmp_path):
     path = tmp_path / "journal"
-    journal = Journal(path, {"run": 1})
-    for number in range(3):
-        journal.append({"file": number})
+    journal = Journal(path)
+    journal.begin({"run": 1})
+    claims = [Claim(number, 0, 8, "00") for number in range(3)]
+    for claim in claims:
+        journal.append(claim)
     journal.close()
     text = path.read_bytes()
     for cut in range(len(text)):
         path.write_bytes(text[:cut])
-        again = Journal(path, {"run": 1})
+        again = Journal(path)
         whole_lines = text[:cut].count(b"\n")
-        assert again.claims == [{"file": n} for n in range(max(0, whole_lines - 1))]
-        assert not again.other_run
+        assert again.claims == claims[: max(0, whole_lines - 2)]
+        assert again.head == ({"run": 1} if whole_lines else None)
+        again.resume()
+        again.append(claims[0])
         again.close()
-    path.write_bytes(text)
-    other = Journal(path, {"run": 2})
-    assert other.other_run
-    other.close()
+        if whole_lines:
+            again = Journal(path)
+            assert again.claims == [*claims[: max(0, whole_lines - 2)], claims[0]]
+            again.close()
+
+
+@pytest.mark.parametrize("line", ["[]", "{", '{"file": "x"}', '{"file": -1}', "null", "\\xff"])
+def test_a_line_of_another_kind_is_no_claim(tmp_path, line):
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.begin({"run": 1})
+    journal.close()
+    with path.open("ab") as file:
+        file.write(b"%08x %s\n" % (zlib.crc32(line.encode()), line.encode()))
+    again = Journal(path)
+    assert (again.head, again.claims) == ({"run": 1}, [])
+    again.close()
 
 
 def test_every_byte_of_the_output_is_covered_by_a_hash(recipe, tmp_path):

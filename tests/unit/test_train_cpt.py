@@ -151,7 +151,7 @@ def test_loss_falls_and_the_run_folder_is_complete(config, base, tmp_path, capfd
     assert curve[-1]["bits_per_byte"] == pytest.approx(expected)
 
     assert {path.name for path in out.iterdir()} == {
-        "run.json", "tokens", "train_log.jsonl", "model", "vector", "train_report.json",
+        ".lock", "run.json", "tokens", "train_log.jsonl", "model", "vector", "train_report.json",
     }  # fmt: skip
     assert len({path.stat().st_mode for path in (out / "model").iterdir()}) == 1
     assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt"))
@@ -229,13 +229,13 @@ def test_every_part_of_a_checkpoint_is_checked(tmp_path, file):
     assert file in (defect(tmp_path) or "")
 
 
-@pytest.mark.parametrize("stage", ["save", "_extract"])
+@pytest.mark.parametrize("stage", ["save", "_write_vector"])
 def test_a_run_cut_after_its_last_step_is_finished(config, straight, tmp_path, monkeypatch, stage):
     def killed(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(f"optimer_engine.train.cpt.{stage}", killed)
+        patched.setattr(f"optimer_engine.train.run.{stage}", killed)
         run_cpt(config, tmp_path / "cut")
     report = run_cpt(config, tmp_path / "cut")
     assert (report.resumed_from, report.steps) == (12, 12)

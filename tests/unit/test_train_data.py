@@ -22,7 +22,7 @@ from optimer_engine.recipe import read_config
 from optimer_engine.train.config import DatasetConfig, TrainConfig, token_count
 from optimer_engine.train.corpus import find, first_documents, read_documents
 from optimer_engine.train.mixture import BlockSchedule, split_exactly, spread_evenly
-from optimer_engine.train.packing import cut_blocks, pack
+from optimer_engine.train.packing import Cutter, is_held_out, pack
 
 EOS, BOS = 256, 257
 
@@ -194,11 +194,13 @@ def test_the_fingerprint_follows_the_contents(tmp_path):
     st.integers(min_value=2, max_value=17),
 )
 def test_packing_neither_loses_nor_repeats_a_token(documents, block_size):
-    *full, tail = cut_blocks(documents, block_size)
-    assert all(array.shape[1:] == (block_size,) and len(array) for array in full)
-    assert tail.ndim == 1 and len(tail) < block_size
+    cutter = Cutter(block_size)
+    full = []
+    for document in documents:
+        full.append(cutter.push(document))
+        assert full[-1].shape[1:] == (block_size,) and len(cutter.carry) < block_size
     stream = [token for document in documents for token in document]
-    assert np.concatenate([*(array.reshape(-1) for array in full), tail]).tolist() == stream
+    assert [*(t for array in full for t in array.reshape(-1)), *cutter.carry] == stream
 
 
 def test_packed_file_holds_the_stream_to_its_tail(tmp_path):
@@ -207,7 +209,8 @@ def test_packed_file_holds_the_stream_to_its_tail(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths))
     corpus = find(DatasetConfig(name="a", data=str(path)))
-    blocks, info = pack(corpus, byte_tokenizer(), 16, tmp_path / "tokens", max_blocks=5)
+    packed = pack(corpus, byte_tokenizer(), 16, tmp_path / "tokens", max_blocks=5)
+    blocks, info = packed.blocks, packed.info
 
     written = [n for n in lengths if n]
     assert (info.documents, info.empty_documents) == (len(written), len(lengths) - len(written))
@@ -224,8 +227,9 @@ def test_packed_file_holds_the_stream_to_its_tail(tmp_path):
 def test_bos_is_put_where_the_tokenizer_puts_it(tmp_path):
     (tmp_path / "a.txt").write_text("ab\ncd\n")
     corpus = find(DatasetConfig(name="a", data=str(tmp_path / "a.txt"), sample_by="line"))
-    plain, _ = pack(corpus, byte_tokenizer(), 6, tmp_path / "tokens", max_blocks=1)
-    begun, _ = pack(corpus, byte_tokenizer(with_bos=True), 8, tmp_path / "tokens", max_blocks=1)
+    folder = tmp_path / "tokens"
+    plain = pack(corpus, byte_tokenizer(), 6, folder, max_blocks=1).blocks
+    begun = pack(corpus, byte_tokenizer(with_bos=True), 8, folder, max_blocks=1).blocks
     assert plain[0, [2, 5]].tolist() == [EOS, EOS] and BOS not in plain
     assert begun[0, [0, 3, 4, 7]].tolist() == [BOS, EOS, BOS, EOS]
 
@@ -253,7 +257,7 @@ def test_too_little_text_for_a_block(tmp_path):
     corpus = find(DatasetConfig(name="a", data=str(tmp_path / "a.txt")))
     with pytest.raises(RecipeError, match="6 tokens in 1 documents, fewer than one block of 64"):
         pack(corpus, byte_tokenizer(), 64, tmp_path / "tokens", max_blocks=1)
-    assert not list((tmp_path / "tokens").iterdir())
+    assert {path.suffix for path in (tmp_path / "tokens").iterdir()} == {".lock"}
 
 
 # mixture
