@@ -45,6 +45,7 @@ class LowRank:
     """
 
     dtype, is_delta = DType.F32, True
+    reads = ()  # factors are mapped when they are opened
 
     def __init__(self, left: np.ndarray, left_dtype: DType, right: _Factor, scale: float) -> None:
         self.left, self.left_dtype, self.right, self.scale = left, left_dtype, right, scale
@@ -82,6 +83,7 @@ class Adapted:
     def __init__(self, model: Operand, delta: LowRank) -> None:
         self.model, self.delta, self.shape = model, delta, model.shape
         self.read_bytes_per_elem = model.read_bytes_per_elem + delta.read_bytes_per_elem
+        self.reads = model.reads
 
     def read(
         self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None

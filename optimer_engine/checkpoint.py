@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -202,17 +203,60 @@ class Checkpoint:
         so it identifies a checkpoint among others; it does not prove every byte.
         """
         digest = hashlib.sha256()
+        buffer = memoryview(bytearray(SAMPLES * SAMPLE_BYTES))
         every = {info.name: info for info in (*self.tensors.values(), *self.scales.values())}
         for name in sorted(every):
             info = every[name]
             digest.update(msgspec.json.encode([name, info.dtype.code, info.shape]))
-            whole = info.nbytes <= SAMPLES * SAMPLE_BYTES
-            step = (info.nbytes - SAMPLE_BYTES) / (SAMPLES - 1)
-            piece = memoryview(bytearray(info.nbytes if whole else SAMPLE_BYTES))
-            for at in (0,) if whole else (int(step * i) for i in range(SAMPLES)):
-                self.read_into(info.file, info.offset + at, piece)
-                digest.update(piece)
+            for offset, nbytes in _samples(info):
+                self.read_into(info.file, offset, buffer[:nbytes])
+                digest.update(buffer[:nbytes])
         return digest.hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """What tells it from other checkpoints: the Hub's own hashes, else the fingerprint."""
+        return self.fingerprint
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Repository, commit and file hashes of a checkpoint from the Hub; {} for a folder."""
+        return {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was noticed while opening and not refused."""
+        return ()
+
+    def samples(self, file: int) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) of all that the fingerprint reads of one file."""
+        for info in (*self.tensors.values(), *self.scales.values()):
+            if info.file == file:
+                yield from _samples(info)
+
+    def reopen(self, file: int, path: Path) -> None:
+        """Put the file at `path`, of the same header, behind the descriptor of file number `file`.
+
+        Nothing may be reading the old one.
+
+        Raises:
+            CheckpointError: it cannot be opened or has another size.
+        """
+        old = self.files[file]
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"cannot be opened: {error.strerror}", where=str(path)) from error
+        try:
+            size, expected = os.fstat(fd).st_size, os.fstat(old.fd).st_size
+            if size != expected:
+                raise CheckpointError(f"{size} bytes, {expected} expected", where=str(path))
+            os.dup2(fd, old.fd, inheritable=False)
+        finally:
+            os.close(fd)
+        self._maps.pop(file, None)
+        self._released.pop(file, None)
+        self.files[file] = _File(path, old.fd, _identity(old.fd))
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` (bytes) from `offset` of file number `file`; releases the GIL.
@@ -309,6 +353,15 @@ class Checkpoint:
     def __del__(self) -> None:
         if getattr(self, "files", None):
             self.close()
+
+
+def _samples(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    if info.nbytes <= SAMPLES * SAMPLE_BYTES:
+        yield info.offset, info.nbytes
+        return
+    step = (info.nbytes - SAMPLE_BYTES) / (SAMPLES - 1)
+    for number in range(SAMPLES):
+        yield info.offset + int(step * number), SAMPLE_BYTES
 
 
 def _identity(fd: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,8 +22,9 @@ import numpy as np
 
 from optimer_engine import methods, ops
 from optimer_engine.checkpoint import Backend
+from optimer_engine.downloads import Downloads
 from optimer_engine.errors import MismatchError, NonFiniteError, quoted
-from optimer_engine.events import Advanced, Callback, Event, Finished, Started
+from optimer_engine.events import Advanced, Callback, Downloaded, Event, Finished, Started
 from optimer_engine.folder_sink import FolderSink
 from optimer_engine.kept import Kept
 from optimer_engine.methods.protocol import Pass, Statistics
@@ -56,6 +57,7 @@ def merge(
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
     backend: Backend = "pread",
+    disk_limit: int | str | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Report:
     """Merge as `recipe` says into the new folder `out`.
@@ -71,6 +73,8 @@ def merge(
             share the disk, make one output, and the one that ends last publishes it.
         max_shard_size, compat, seed: see `planner.plan`.
         backend: how inputs are read: "pread", or "mmap" (see `checkpoint`).
+        disk_limit: most that downloads from the Hub may take on the disk at any time; they are
+            removed after use. Without a limit they go to the Hub's cache and stay.
 
     Raises:
         OptimerError: bad input leaves nothing behind, a failing disk a state to continue from; see
@@ -86,6 +90,8 @@ def merge(
         seed=seed,
         part=part,
         backend=backend,
+        whole=False,
+        disk_limit=disk_limit,
     )
     return _run_closing(made, FolderSink(out, discard=discard), callbacks)
 
@@ -137,7 +143,8 @@ def run(
     try:
         sink.open(made)
         execution.emit(Started(made.out_bytes))
-        execution.run()
+        with execution.begin():
+            execution.run()
         for checkpoint in made.read_checkpoints.values():
             checkpoint.check_unchanged()
         report = _report(made, execution, time.perf_counter() - started)
@@ -153,12 +160,13 @@ class _Job:
     """One run on its way through its passes and the merge; guarded by the execution's lock.
 
     Attributes:
+        number: of the run among those that are to be made.
         step: elements per tile.
         wanted: the pass under way; None when it is the merge. `state`: what the passes found.
     """
 
-    def __init__(self, run: Run, tile_bytes: int, copies: bool) -> None:
-        self.run, self.method = run, run.method
+    def __init__(self, number: int, run: Run, tile_bytes: int, copies: bool) -> None:
+        self.number, self.run, self.method = number, run, run.method
         self.wanted: Pass | None = None
         self.state: Any = None
         self.steps: Statistics | None = None
@@ -218,8 +226,30 @@ class _Execution:
         self.kept = Kept()
         self.changed = threading.Condition()
         self.stop = threading.Event()
-        self.runs = iter(made.runs())
+        self.runs: Iterator[tuple[int, Run]] = iter(())
+        self.downloads: Downloads
         self.jobs: list[_Job] = []
+
+    def begin(self) -> Downloads:
+        """Leave out the runs that an earlier run made; the downloads for the others."""
+        runs = []
+        for run in self.plan.runs():
+            if self.sink.has(run, 0, run.elems):
+                self.emit(Advanced(run.elems * run.out.dtype.itemsize))
+            else:
+                runs.append(run)
+        self.runs = iter(enumerate(runs))
+        self.downloads = Downloads(
+            [run.reads for run in runs],
+            limit_bytes=self.plan.disk_limit,
+            folder=self.sink.scratch(),
+            arrived=self._arrived,
+        )
+        return self.downloads
+
+    def _arrived(self, name: str, count: int) -> None:
+        with self.changed:
+            self.emit(Downloaded(name, count))
 
     def emit(self, event: Event) -> None:
         for callback in self.callbacks:
@@ -238,6 +268,7 @@ class _Execution:
 
     def _halt(self) -> None:
         self.stop.set()
+        self.downloads.stop()
         with self.changed:
             self.changed.notify_all()
 
@@ -256,9 +287,8 @@ class _Execution:
                 for job in self.jobs:
                     if tile := job.take():
                         return job, *tile
-                run = next(self.runs, None)
-                if run is not None:
-                    self.jobs.append(_Job(run, self.plan.tile_bytes, self.sink.copies))
+                if following := next(self.runs, None):
+                    self.jobs.append(_Job(*following, self.plan.tile_bytes, self.sink.copies))
                 elif any(job.wanted for job in self.jobs):
                     self.changed.wait()  # for the end of a pass, which makes its job ready again
                 else:
@@ -271,14 +301,19 @@ class _Execution:
         try:
             while taken := self._take():
                 job, start, stop = taken
+                if not self.downloads.need(job.number):
+                    return
                 read_bytes, out_bytes = self._do(job, start, stop, ring)
                 with self.changed:
                     self.bytes_read += read_bytes
-                    if job.finish(start, stop):
+                    over = job.finish(start, stop)
+                    if over:
                         self.jobs.remove(job)
                     self.changed.notify_all()
                     if out_bytes:
                         self.emit(Advanced(out_bytes))
+                if over:
+                    self.downloads.done(job.number)
         except BaseException:
             self._halt()
             raise
@@ -412,6 +447,7 @@ def _report(made: Plan, execution: _Execution, wall_s: float) -> Report:
         recipe_fingerprint=fingerprint(made.written_recipe),
         fingerprints={name: checkpoint.fingerprint for name, checkpoint in read},
         options=dict(made.options),
+        origins={name: checkpoint.origin for name, checkpoint in read if checkpoint.origin},
         tensors=len(made.rows),
         kept={made.names[i]: share for i, share in execution.kept.shares().items()},
         bytes_read=execution.bytes_read,

@@ -27,11 +27,19 @@ class Advanced:
 
 
 @dataclass(frozen=True, slots=True)
+class Downloaded:
+    """`nbytes` more bytes of `file` came from the Hub."""
+
+    file: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The run is over and its output is in place."""
 
     report: Report
 
 
-Event = Started | Advanced | Finished
+Event = Started | Advanced | Downloaded | Finished
 Callback = Callable[[Event], None]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from optimer_engine.checkpoint import Checkpoint
+from optimer_engine.downloads import needs
 from optimer_engine.planner import Plan
 from optimer_engine.runs import DIFFERENCE, JOINED, Run, Treatment
 
@@ -28,8 +29,9 @@ def facts(plan: Plan) -> dict[str, Any]:
     Returns:
         formula, groups (tensors treated alike: formula, how many, bytes in and out), tensors,
         files, read_bytes, write_bytes, disk_bytes (free space needed beside the output's
-        folder), memory_bytes (the promised bound, beyond interpreter and libraries), seconds (a
-        rough estimate from a sample of the inputs), tile_bytes, threads, warnings.
+        folder), download_bytes and least_disk_limit_bytes (if something comes from the Hub),
+        memory_bytes (the promised bound, beyond interpreter and libraries), seconds (a rough
+        estimate from a sample of the inputs), tile_bytes, threads, warnings.
     """
     runs = plan.runs()
     read = sum(_read_bytes(run) for run in runs)
@@ -44,12 +46,18 @@ def facts(plan: Plan) -> dict[str, Any]:
         "read_bytes": int(read),
         "write_bytes": write,
         "disk_bytes": write,
+        **_downloads(runs),
         "memory_bytes": plan.projected_mem_bytes,
         "seconds": round(_seconds(plan, runs, read, write), 1),
         "tile_bytes": plan.tile_bytes,
         "threads": plan.threads,
         "warnings": list(plan.warnings),
     }
+
+
+def _downloads(runs: list[Run]) -> dict[str, int]:
+    total, least = needs([run.reads for run in runs])
+    return {"download_bytes": total, "least_disk_limit_bytes": least} if total else {}
 
 
 def _read_bytes(run: Run) -> float:

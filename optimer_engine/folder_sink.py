@@ -100,6 +100,12 @@ class FolderSink(Sink):
         except OSError as error:
             self._fail(error)
 
+    def scratch(self) -> Path:
+        """Beside the output: a killed run's is found, and emptied, by the one that continues it."""
+        number, count = self._plan.part
+        stem = "" if count == 1 else f".part-{number}-of-{count}"
+        return self.out.parent / f"{self.out.name}{stem}.downloads"
+
     def _check_space(self) -> None:
         needed, free = self._missing_and_free()
         if free < needed:
@@ -293,11 +299,12 @@ def _head(plan: Plan) -> dict[str, Any]:
         "part": plan.part,
         "recipe": fingerprint(plan.written_recipe),
         "options": plan.options,
-        "inputs": [checkpoint.fingerprint for checkpoint in opened],
+        "inputs": [checkpoint.identity for checkpoint in opened],
         "files": [
             # Fingerprints sample; a file written to between two runs must not be mixed with itself.
             (file.path.name, *file.identity[2:])
             for checkpoint in opened
+            if not checkpoint.origin  # what comes from the Hub is known by its hashes
             for file in checkpoint.files
         ],
         "treatments": [

@@ -38,6 +38,11 @@ class Operand(Protocol):
         ...
 
     @property
+    def reads(self) -> tuple[tuple[Checkpoint, int], ...]:
+        """The files, as checkpoint and number, that must be here before `read` is called."""
+        ...
+
+    @property
     def read_bytes_per_elem(self) -> float:
         """Bytes of the source behind one element, for projections."""
 
@@ -69,6 +74,11 @@ class Stored:
         self.checkpoint, self.file, self.offset = checkpoint, info.file, info.offset
         self.dtype, self.is_delta, self.shape = info.dtype, is_delta, info.shape
         self.read_bytes_per_elem: float = info.dtype.itemsize
+
+    @property
+    def reads(self) -> tuple[tuple[Checkpoint, int], ...]:
+        """Its file."""
+        return ((self.checkpoint, self.file),)
 
     def read(
         self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None

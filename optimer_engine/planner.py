@@ -20,11 +20,13 @@ import msgspec
 from optimer_engine import methods
 from optimer_engine.alignment import align
 from optimer_engine.checkpoint import ADAPTER, MODEL, VECTOR, Backend, Checkpoint
+from optimer_engine.downloads import check_limit, memory_bytes
 from optimer_engine.errors import MemoryLimitError, MismatchError, RecipeError
 from optimer_engine.hub import locate
 from optimer_engine.layout import Shard, lay_out
 from optimer_engine.operands import Operand
 from optimer_engine.recipe import Recipe, Source, decode, read_yaml
+from optimer_engine.remote import open_checkpoint
 from optimer_engine.runs import DIFFERENCE, JOINED, Row, Run, Treatment, anchored, fold, join
 from optimer_engine.tensor_recipe import Settings
 from optimer_engine.types import DType, TensorInfo, format_bytes, parse_bytes
@@ -77,6 +79,7 @@ class Plan:
     files: Mapping[str, bytes] = field(default_factory=dict)
     omitted: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    disk_limit: int | None = None
 
     @property
     def base(self) -> Checkpoint:
@@ -136,7 +139,8 @@ class Plan:
             shared = max(shared, memory.shared_bytes + self.threads * memory.thread_bytes)
         bookkeeping = BOOKKEEPING_BYTES * rows * len(self.rows)
         # A job's last tiles overlap the next one's first: two statistics may be held at once.
-        return self.threads * per_thread + 2 * shared + bookkeeping
+        downloads = memory_bytes(self.checkpoints)
+        return self.threads * per_thread + 2 * shared + bookkeeping + downloads
 
     @property
     def ring_shape(self) -> tuple[int, int]:
@@ -233,6 +237,8 @@ def plan(
     seed: int | None = None,
     part: tuple[int, int] = (1, 1),
     backend: Backend = "pread",
+    whole: bool = True,
+    disk_limit: int | str | None = None,
 ) -> Plan:
     """Resolve a recipe: open every checkpoint, check that they fit, lay out the output.
 
@@ -245,6 +251,8 @@ def plan(
         seed: of random masks and stochastic rounding, in place of the recipe's.
         part: (i, n): plan only the i-th of n parts of the output, counted from 1.
         backend: how the inputs are read, see `checkpoint`.
+        whole: download inputs from the Hub now; else headers only, the rest while the plan runs.
+        disk_limit: bytes that downloads may take at any time, if `whole` is False.
         every_source: also open sources of weight 0, which `with_weights` may turn on.
 
     Raises:
@@ -261,11 +269,22 @@ def plan(
     given = {"max_shard_size": max_shard_size, "compat": compat, "seed": seed}
     options = {key: value for key, value in given.items() if value is not None}
     if isinstance(recipe, Recipe):
-        made = _plan_recipe(_with_options(recipe, options), every_source, backend)
+        made = _plan_recipe(_with_options(recipe, options), every_source, whole, backend)
     else:
-        made = _plan_mergekit(recipe, options, backend)
-    made = replace(made, threads=threads, part=part, options=options)
-    return _fit(_placed(made), mem_limit)
+        made = _plan_mergekit(recipe, options, whole, backend)
+    notes = (note for checkpoint in made.checkpoints if checkpoint for note in checkpoint.notes)
+    made = replace(
+        made,
+        threads=threads,
+        part=part,
+        options=options,
+        disk_limit=None if disk_limit is None else parse_bytes(disk_limit),
+        warnings=(*notes, *made.warnings),
+    )
+    made = _fit(_placed(made), mem_limit)
+    if made.disk_limit is not None:
+        check_limit([run.reads for run in made.runs()], made.disk_limit)
+    return made
 
 
 def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
@@ -301,11 +320,11 @@ def load_recipe(
     return decode(data, Recipe, "recipe" if isinstance(recipe, Mapping) else str(recipe))
 
 
-def _plan_recipe(recipe: Recipe, every_source: bool, backend: Backend) -> Plan:
-    base = Checkpoint.open(locate(recipe.base, recipe.base_revision), backend=backend)
+def _plan_recipe(recipe: Recipe, every_source: bool, whole: bool, backend: Backend) -> Plan:
+    base = open_checkpoint(recipe.base, recipe.base_revision, whole=whole, backend=backend)
     _require_model(base, recipe.base)
     sources = tuple(
-        Checkpoint.open(locate(source.model, source.revision), backend=backend)
+        open_checkpoint(source.model, source.revision, whole=whole, backend=backend)
         if every_source or source.weight
         else None
         for source in recipe.sources
@@ -316,7 +335,7 @@ def _plan_recipe(recipe: Recipe, every_source: bool, backend: Backend) -> Plan:
     unfolded = _treatment(recipe)
     treatment = fold(unfolded)
     return Plan(
-        recipe,
+        _pinned(recipe, (base, *sources)),
         (base, *sources),
         ("base", *names),
         (treatment,),
@@ -327,6 +346,17 @@ def _plan_recipe(recipe: Recipe, every_source: bool, backend: Backend) -> Plan:
         warnings=tuple(warnings),
         files=_changed_config(base, out_dtype, rows),
     )
+
+
+def _pinned(recipe: Recipe, opened: Sequence[Checkpoint | None]) -> Recipe:
+    """The recipe with the commit of each checkpoint that came from the Hub."""
+    commits = [checkpoint.origin.get("commit") if checkpoint else None for checkpoint in opened]
+    sources = [
+        msgspec.structs.replace(source, revision=commit or source.revision)
+        for source, commit in zip(recipe.sources, commits[1:], strict=True)
+    ]
+    base_revision = commits[0] or recipe.base_revision
+    return msgspec.structs.replace(recipe, base_revision=base_revision, sources=sources)
 
 
 def _changed_config(base: Checkpoint, dtype: DType | None, rows: list[Row]) -> dict[str, bytes]:
@@ -348,16 +378,19 @@ def _json(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _plan_mergekit(config: MergekitConfig, options: Mapping[str, Any], backend: Backend) -> Plan:
+def _plan_mergekit(
+    config: MergekitConfig, options: Mapping[str, Any], whole: bool, backend: Backend
+) -> Plan:
     from optimer_engine.lowering import lower
     from optimer_engine.mergekit import expand
 
     models = config.models()
     opened = tuple(
-        Checkpoint.open(locate(model.path, model.revision), backend=backend) for model in models
+        open_checkpoint(model.path, model.revision, whole=whole, backend=backend)
+        for model in models
     )
     adapters = {
-        number: Checkpoint.open(locate(model.lora, model.lora_revision), backend=backend)
+        number: open_checkpoint(model.lora, model.lora_revision, whole=whole, backend=backend)
         for number, model in enumerate(models)
         if model.lora is not None
     }
@@ -368,7 +401,10 @@ def _plan_mergekit(config: MergekitConfig, options: Mapping[str, Any], backend: 
                 where=str(models[number].lora),
                 todo="write MODEL+ADAPTER with a PEFT folder after the +",
             )
-    folders = {model: locate(model.path, model.revision) for model in config.tokenizer_models()}
+    folders = {
+        model: locate(model.path, model.revision, weights=False)
+        for model in config.tokenizer_models()
+    }
     expansion = expand(config, dict(zip(models, opened, strict=True)), folders)
     rows, treatments = lower(expansion, opened, adapters, options)
     size = parse_bytes(options.get("max_shard_size", "5GB"))
@@ -428,7 +464,7 @@ def plan_difference(
     vector's header, beside the fingerprint of the base. Raises as `plan` does.
     """
     recipe = Recipe(str(base), [Source("trained", str(trained))], out_dtype=dtype)
-    opened = Checkpoint.open(locate(recipe.base)), Checkpoint.open(locate(str(trained)))
+    opened = open_checkpoint(recipe.base), open_checkpoint(str(trained))
     for checkpoint, name in zip(opened, (base, trained), strict=True):
         _require_model(checkpoint, str(name))
     rows, warnings = align(opened[0], [("trained", opened[1])], DType.parse(dtype))
@@ -440,7 +476,7 @@ def plan_difference(
         "base_fingerprint": opened[0].fingerprint,
     }
     made = Plan(
-        recipe,
+        _pinned(recipe, opened),
         opened,
         ("base", "trained"),
         (Treatment(DIFFERENCE, Settings.of({}, [{"weight": 1.0}]), (0, 1)),),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from optimer_engine.events import Advanced, Callback, Event, Finished, Started
+from optimer_engine.events import Advanced, Callback, Downloaded, Event, Finished, Started
+from optimer_engine.types import format_bytes
 
 QUIET_S = 2.0
 """Nothing is shown for work shorter than this."""
@@ -13,15 +14,20 @@ def bar(description: str) -> Callback:
     from tqdm import tqdm
 
     shown: tqdm | None = None
+    downloaded_bytes = 0
 
     def show(event: Event) -> None:
-        nonlocal shown
+        nonlocal shown, downloaded_bytes
         if isinstance(event, Started):
             shown = tqdm(
                 desc=description, total=event.total_bytes, unit="B", unit_scale=True, delay=QUIET_S
             )
         elif isinstance(event, Advanced) and shown is not None:
             shown.update(event.output_bytes)
+        elif isinstance(event, Downloaded) and shown is not None:
+            downloaded_bytes += event.nbytes
+            text = f"{format_bytes(downloaded_bytes)} downloaded"
+            shown.set_postfix_str(text, refresh=False)
         elif isinstance(event, Finished) and shown is not None:
             shown.close()
 

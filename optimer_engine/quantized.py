@@ -29,6 +29,7 @@ class Dequantized:
         self.stored, self.scale, self.block = stored, scale, block
         self.shape, self.is_delta = stored.shape, stored.is_delta
         self.read_bytes_per_elem: float = stored.dtype.itemsize
+        self.reads = stored.reads
 
     def read(
         self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None

@@ -21,6 +21,7 @@ class Report(msgspec.Struct, kw_only=True):
         recipe: the recipe, canonical; with `recipe_fingerprint`, its sha256.
         fingerprints: name of each checkpoint read to its fingerprint.
         options: what was asked for beside the recipe and decides the output's bytes.
+        origins: of each checkpoint from the Hub its repository, commit and file hashes.
         tensors: number of output tensors.
         kept: for each source of a weighted sum, the share of its delta that the output's grid
             kept (see `kept`), from a sample.
@@ -40,6 +41,7 @@ class Report(msgspec.Struct, kw_only=True):
     recipe: dict[str, Any]
     recipe_fingerprint: str
     fingerprints: dict[str, str]
+    origins: dict[str, dict[str, Any]] = {}
     out: str | None = None
     options: dict[str, Any] = {}
     part: str | None = None

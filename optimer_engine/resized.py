@@ -31,6 +31,7 @@ class Resized:
         self.filler = beyond.dtype if beyond is not None else base_dtype
         self.dtype = tensor.dtype if tensor.dtype == self.filler or self.is_delta else DType.F32
         self.read_bytes_per_elem = tensor.read_bytes_per_elem
+        self.reads = (*tensor.reads, *(beyond.reads if beyond is not None else ()))
 
     def read(
         self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None

@@ -104,6 +104,11 @@ class Run:
         return [*first, *(operand for _, operand in self.sources)]
 
     @property
+    def reads(self) -> list[tuple[Checkpoint, int]]:
+        """The files that are read."""
+        return [file for operand in self.operands for file in operand.reads]
+
+    @property
     def widest(self) -> int:
         """Bytes of an element in the widest operand or the output."""
         return max(self.computed.itemsize, *(o.dtype.itemsize for o in self.operands), 1)

@@ -48,7 +48,10 @@ class ShardFile:
         self._sha256 = hashlib.sha256(shard.header)
         for claim in journal.claims:
             if claim.file == number and self._holds(claim):
-                self._kept.append((claim.begin, claim.end))
+                begin = claim.begin
+                if self._kept and self._kept[-1][1] == begin:
+                    begin = self._kept.pop()[0]
+                self._kept.append((begin, claim.end))
                 self._wrote(claim.begin, claim.end)
 
     def _holds(self, claim: Claim) -> bool:

@@ -8,6 +8,9 @@ A sink of your own needs one method, `write`; a null sink for timing is
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +56,10 @@ class Sink:
     def copy_run(self, run: Run, start: int, stop: int, fd: int, offset: int) -> None:
         """Take elements start..stop of a run from byte `offset` of an open file."""
         raise NotImplementedError
+
+    def scratch(self) -> Path:
+        """A folder that need not exist, for downloads under a disk limit."""
+        return Path(tempfile.gettempdir(), f"optimer-{os.getpid()}.downloads")
 
     def settle(self) -> None:
         """Called again and again on a thread of its own while tiles come in."""

@@ -97,10 +97,18 @@ def _plan_again(report: Report, out: Path) -> Plan:
         recipe = decode(report.recipe, Recipe, str(out / "report.json"))
         assert recipe.out_dtype is not None
         metadata = Checkpoint.open(out).metadata
+        trained = recipe.sources[0]
         return plan_difference(
-            recipe.base, recipe.sources[0].model, dtype=recipe.out_dtype, metadata=metadata
+            _at(recipe.base, recipe.base_revision),
+            _at(trained.model, trained.revision),
+            dtype=recipe.out_dtype,
+            metadata=metadata,
         )
     return plan(report.recipe, **report.options)
+
+
+def _at(model: str, revision: str | None) -> str:
+    return f"{model.partition('@')[0]}@{revision}" if revision else model
 
 
 class _Compare(Sink):

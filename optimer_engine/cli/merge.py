@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dask-scheduler", metavar="ADDRESS", help="Spread the parts over its workers, e.g. tcp://…"
 )
+@click.option("--disk-limit", metavar="SIZE", help="Of downloads at a time; removed after use.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one per core.")
 @json_option
 def command(
@@ -63,6 +64,7 @@ def command(
     dry_run: bool,
     discard: bool,
     mem_limit: str,
+    disk_limit: str | None,
     threads: int | None,
     read_backend: Backend,
     part: str | None,
@@ -91,6 +93,7 @@ def command(
         )
     options: dict[str, Any] = {"mem_limit": mem_limit, "max_shard_size": max_shard_size}
     options |= {"threads": threads, "backend": read_backend, "compat": compat, "seed": seed}
+    options["disk_limit"] = disk_limit
     wanted: Recipe | MergekitConfig
     if recipe is not None:
         if added:
@@ -107,7 +110,7 @@ def command(
         from optimer_engine.cli.plan import explanation
         from optimer_engine.explain import facts
 
-        found = facts(plan(wanted, every_source=False, **options))
+        found = facts(plan(wanted, every_source=False, whole=False, **options))
         return emit(found, explanation(found), as_json)
     options["discard"] = discard
     if dask_scheduler is not None:

@@ -28,7 +28,7 @@ def command(recipe: Path, mem_limit: str, threads: int | None, as_json: bool) ->
     from optimer_engine.explain import facts
     from optimer_engine.planner import plan
 
-    made = plan(recipe, mem_limit=mem_limit, threads=threads, every_source=False)
+    made = plan(recipe, mem_limit=mem_limit, threads=threads, every_source=False, whole=False)
     found = facts(made)
     emit(found, explanation(found), as_json)
 

@@ -132,6 +132,8 @@ class GatheredRows:
         self.width = int(np.prod(tail, dtype=np.int64))
         self.shape = (row_map.rows, *tail)
         self.read_bytes_per_elem: float = matrices[model].read_bytes_per_elem
+        readers = row_map.readers(model)
+        self.reads = tuple(file for number in readers for file in matrices[number].reads)
         self._lock = threading.Lock()
         self._padding: np.ndarray | None = None
 

@@ -39,6 +39,7 @@ class Restored:
         self.base, self.exact = base, exact
         self.dtype, self.shape = exact.dtype, exact.shape
         self.read_bytes_per_elem = base.read_bytes_per_elem + exact.read_bytes_per_elem
+        self.reads = (*base.reads, *exact.reads)
 
     def read(
         self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None

@@ -104,6 +104,7 @@ class ExactTensor:
         self.dtype, self.base_dtype, self.elems = said.dtype, said.base_dtype, said.elems
         self.stream, self.index = stream, index
         self.read_bytes_per_elem = stream.nbytes / max(1, said.elems)
+        self.reads = ((packed.checkpoint, stream.file),)
 
     def read(
         self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None
@@ -172,6 +173,7 @@ class QuantisedTensor:
         self.packed, self.name, self.shape, self.elems = packed, name, said.shape, said.elems
         self.bits, self.q, self.scale = (8 if said.mode == "int8" else 4), q, scale
         self.read_bytes_per_elem = (q.nbytes + scale.nbytes) / max(1, said.elems)
+        self.reads = ((packed.checkpoint, q.file), (packed.checkpoint, scale.file))
 
     def read(
         self, start: int, stop: int, buffer: np.ndarray, base: np.ndarray | None
@@ -205,6 +207,7 @@ class ZeroTensor:
     """A delta that is 0 everywhere: a frozen tensor."""
 
     dtype, is_delta, read_bytes_per_elem = DType.F32, True, 0.0
+    reads: tuple[tuple[Checkpoint, int], ...] = ()
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape

@@ -19,9 +19,12 @@ PACKAGE = ROOT / "optimer_engine"
 # Each module may import only what stands before it.
 ORDER = [
     "errors", "durable", "types", "tensor_recipe", "strict_yaml", "recipe", "safetensors_format",
-    "checkpoint", "hub", "report", "journal", "events", "progress",
-    "methods", "operands", "resized", "quantized", "adapter", "vectors", "runs", "mergekit", "alignment", "layout", "lowering", "planner", "explain",
-    "ops", "sink", "kept", "shard_file", "work_folder", "folder_sink", "engine", "iteration", "spread", "verify", "packing", "inspection",
+    "checkpoint", "network", "snapshot", "hub", "remote", "downloads",
+    "report", "journal", "events", "progress",
+    "methods", "operands", "resized", "quantized", "adapter", "vectors", "runs", "mergekit",
+    "alignment", "layout", "lowering", "planner", "explain",
+    "ops", "sink", "kept", "shard_file", "work_folder", "folder_sink", "engine", "iteration",
+    "spread", "verify", "packing", "inspection", "lock", "pool",
     "search", "train", "demo", "cli",
 ]  # fmt: skip
 # A plan runs itself, inside two of its methods.

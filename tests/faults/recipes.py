@@ -9,6 +9,7 @@ import torch
 from optimer_engine import FolderSink, durable, folder_sink, plan, verify_output
 from optimer_engine.errors import OptimerError
 from tests.conftest import nearby, random_tensors
+from tests.faults.disk import Disk, Dying
 
 TILE_BYTES = 2048
 KINDS = ("single", "shards", "parts")
@@ -61,8 +62,7 @@ class Case:
     def run(self, out, disk=None, *, weight=None, discard=False):
         """The whole command: every part in turn, until the output is there."""
         with self.monkeypatch.context() as patch:
-            if disk is not None:
-                patch.setattr(durable, "os", disk)
+            patch.setattr(durable, "os", disk or Disk())
             for part in self.parts:
                 made = replace(plan(self.recipe, threads=1, part=part), tile_bytes=TILE_BYTES)
                 if weight is not None:
@@ -76,8 +76,6 @@ class Case:
 
     def effects(self):
         """How many effects an undisturbed run has."""
-        from tests.faults.disk import Dying
-
         disk = Dying(10**9)
         (self.folder / "counted").mkdir()
         self.run(self.folder / "counted" / "out", disk)
