@@ -127,6 +127,10 @@ def _given(source: Checkpoint) -> Mapping[str, TensorInfo | Operand]:
     """What a source offers, by the base's names."""
     if source.kind == ADAPTER:
         return adapter_tensors(source)
+    if source.kind == VECTOR and source.metadata.get("vector_mode", "plain") != "plain":
+        from optimer_engine import vectors
+
+        return vectors.open(source).tensors
     if source.scales:
         return {name: as_input(source, info) for name, info in source.tensors.items()}
     return source.tensors

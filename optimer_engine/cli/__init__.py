@@ -19,11 +19,14 @@ from optimer_engine.errors import OptimerError
 _COMMANDS = {
     "demo": "Run the whole loop on real text, on a CPU, in minutes.",
     "extract": "Subtract a base from a trained checkpoint: a distribution vector.",
+    "inspect": "Say what vectors and checkpoints hold, and how they relate.",
     "merge": "Merge a base and weighted sources into a new checkpoint.",
+    "pack": "Store a distribution vector small: exact, bf16, int8, int4 or low rank.",
     "plan": "Say what a merge would read, write and need.",
     "report": "Write a search as one HTML page.",
     "search": "Search the weights of a merge for an objective.",
     "train": "Continually pre-train a base on a dataset, with HF Trainer.",
+    "unpack": "Restore the trained checkpoint from its base and an exact vector.",
     "verify": "Check that an output is whole and unchanged.",
 }
 

@@ -13,11 +13,10 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from optimer_engine.checkpoint import ADAPTER, MODEL, VECTOR, Checkpoint
+from optimer_engine.checkpoint import Checkpoint
 from optimer_engine.durable import replace_file, sync
 from optimer_engine.errors import (
     CheckpointError,
@@ -26,7 +25,6 @@ from optimer_engine.errors import (
     OutputError,
     RecipeError,
 )
-from optimer_engine.hub import locate
 from optimer_engine.lock import locked
 from optimer_engine.pool.manifest import (
     MANIFEST,
@@ -36,20 +34,12 @@ from optimer_engine.pool.manifest import (
     Manifest,
     read_manifest,
 )
+from optimer_engine.pool.source import Found, Note
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEPT = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 """A vector's own files; a report of how it was written names folders of this machine."""
 _INCOMING, _OUTGOING = ".incoming-", ".removed-"
-
-
-class Note(msgspec.Struct, frozen=True, kw_only=True):
-    """What a user says of a vector that its files do not, or not rightly."""
-
-    dataset: str | None = None
-    license: str | None = None
-    tokens: int | None = None
-    seed: int | None = None
 
 
 def read(pool: str | Path) -> Manifest:
@@ -93,7 +83,7 @@ def add(
         OutputError: something else lies in its place, or the disk refuses.
     """
     pool = Path(pool)
-    found = _Found.look(Path(source), base, note or Note())
+    found = Found.look(Path(source), base, note or Note())
     name = found.name if name is None else name
     if not _NAME.fullmatch(name) or name.casefold() in RESERVED:
         raise RecipeError(
@@ -132,21 +122,20 @@ def place(pool: Path, manifest: Manifest, entry: Entry, incoming: Path, replace:
             where=str(pool),
             todo="choose another name, or add --replace",
         )
-    if os.path.lexists(target):
-        known = old.files if old is not None else entry.files
-        same = target.is_dir() and not target.is_symlink() and _facts(target) == known
-        if old is None and not same:  # a crash may leave an entry's files, and nothing else
-            raise OutputError(
-                "is in the way, and the pool does not know it",
-                where=str(target),
-                todo="move it away",
-            )
-        if not same or known != entry.files:
-            _discard(pool, target)
-    if not target.exists():
+    there = os.path.lexists(target)
+    same = there and target.is_dir() and not target.is_symlink() and _facts(target) == entry.files
+    if there and old is None and not same:  # a crash may leave this entry's files, nothing else
+        raise OutputError(
+            "is in the way, and the pool does not know it", where=str(target), todo="move it away"
+        )
+    out = pool / f"{_OUTGOING}{entry.name}"
+    if there and not same:
+        target.rename(out)
+    if not same:
         incoming.rename(target)
         sync(pool)
     replace_file(pool / MANIFEST, manifest.with_entry(entry).encoded())
+    _delete(out)
     return entry
 
 
@@ -163,8 +152,7 @@ def remove(pool: str | Path, name: str) -> None:
         manifest = read(pool)
         entry = entry_of(manifest, pool, name)
         replace_file(pool / MANIFEST, manifest.without(entry.name).encoded())
-        if os.path.lexists(pool / entry.name):
-            _discard(pool, pool / entry.name)
+        _delete(pool / entry.name)
 
 
 def verify(pool: str | Path, names: Iterable[str] = ()) -> list[str]:
@@ -189,6 +177,19 @@ def verify(pool: str | Path, names: Iterable[str] = ()) -> list[str]:
     return problems
 
 
+def note_license(pool: Path, names: Iterable[str], license: str) -> Manifest:
+    """Keep the license of the data of those vectors (all by default) that have none noted."""
+    with locked(pool, wait=True):
+        manifest = read(pool)
+        wanted = set(names) or {entry.name for entry in manifest.vectors}
+        for entry in manifest.vectors:
+            if entry.name in wanted and entry.license is None:
+                noted = msgspec.structs.replace(entry, license=license)
+                manifest = manifest.with_entry(noted)
+        replace_file(pool / MANIFEST, manifest.encoded())
+    return manifest
+
+
 def entry_of(manifest: Manifest, pool: str | Path, name: str) -> Entry:
     """The entry of that name.
 
@@ -203,9 +204,16 @@ def entry_of(manifest: Manifest, pool: str | Path, name: str) -> Entry:
 
 
 def clean(pool: Path) -> None:
-    """Delete what an interrupted step left behind; the pool is locked."""
-    for leftover in (*pool.glob(f"{_INCOMING}*"), *pool.glob(f"{_OUTGOING}*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Undo what an interrupted step left behind; the pool is locked."""
+    for leftover in pool.glob(f"{_INCOMING}*"):
+        _delete(leftover)
+    for leftover in pool.glob(f"{_OUTGOING}*"):
+        name = leftover.name.removeprefix(_OUTGOING)
+        known = (pool / MANIFEST).exists() and read(pool).find(name) is not None
+        if known and not (pool / name).exists():
+            leftover.rename(pool / name)  # its successor never arrived
+        else:
+            _delete(leftover)
 
 
 def hash_file(path: Path) -> FileFacts:
@@ -215,114 +223,7 @@ def hash_file(path: Path) -> FileFacts:
         return FileFacts(file.tell(), digest.hexdigest())
 
 
-class _Found(msgspec.Struct, frozen=True):
-    """A source that was looked at: its folder, an entry without files, and its base."""
-
-    name: str
-    folder: Path
-    entry: Entry
-    base: str | None
-    base_revision: str | None
-    base_fingerprint: str
-
-    @classmethod
-    def look(cls, source: Path, base: str | None, note: Note) -> _Found:
-        report: dict[str, Any] = {}
-        folder, name, revision = source, source.name, None
-        if (source / "train_report.json").is_file():
-            report = _read_report(source / "train_report.json")
-            folder = source / Path(report["vector"]).name
-            base = base or report["config"]["base"]
-            revision = report["config"]["base_revision"]
-            if len(report["datasets"]) == 1:
-                name = report["datasets"][0]["name"]
-        with Checkpoint.open(folder) as opened:
-            if opened.kind == MODEL:
-                raise CheckpointError(
-                    "is a full checkpoint, expected a distribution vector",
-                    where=str(folder),
-                    todo="make one with `optimer extract` or `optimer pack`",
-                )
-            facts = _facts_of(opened, report) | {
-                key: value for key, value in msgspec.to_builtins(note).items() if value is not None
-            }
-            kind, fingerprint = opened.kind, opened.base_fingerprint or report.get(
-                "base_fingerprint"
-            )
-        if base is not None and not report:
-            with Checkpoint.open(locate(base)) as opened:
-                if fingerprint not in (None, opened.fingerprint):
-                    raise MismatchError(
-                        f"it was taken from a base of fingerprint {fingerprint[:16]}, {base} has"
-                        f" {opened.fingerprint[:16]}",
-                        where=str(source),
-                        todo="name the base that the vector was taken from",
-                    )
-                fingerprint = opened.fingerprint
-        if fingerprint is None:
-            raise RecipeError(
-                "its files do not say what base it belongs to",
-                where=str(source),
-                todo="name it with --base",
-            )
-        entry = Entry(name="x", kind="vector" if kind == VECTOR else ADAPTER, files={}, **facts)
-        return cls(name, folder, entry, _public(base), revision, fingerprint)
-
-
-def _facts_of(opened: Checkpoint, report: dict[str, Any]) -> dict[str, Any]:
-    """What a training report says of a vector, or else the vector's own header."""
-    metadata = opened.metadata if opened.kind == VECTOR else {}
-    facts: dict[str, Any] = {"storage": metadata.get("vector_mode", "plain")}
-    if report:
-        config, datasets = report["config"], report["datasets"]
-        licenses = {dataset["license"] for dataset in datasets}
-        return facts | {
-            "dataset": ", ".join(dataset["name"] for dataset in datasets),
-            "dataset_ids": [name for dataset in datasets for name in dataset["ids"]],
-            "license": licenses.pop() if len(licenses) == 1 else None,
-            "tokens": report["tokens"],
-            "seed": config["seed"],
-            "learning_rate": config["learning_rate"],
-            "block_size": config["block_size"],
-            "training": config["mode"],
-            "run": report["run"],
-            "versions": report["versions"],
-        }
-    numbers: dict[str, type] = {
-        "tokens": int, "seed": int, "block_size": int, "learning_rate": float,
-    }  # fmt: skip
-    for key, type_ in numbers.items():
-        try:
-            facts[key] = type_(metadata[key])
-        except (KeyError, ValueError):
-            continue
-    for key in ("dataset", "training"):
-        if key in metadata:
-            facts[key] = metadata[key]
-    return facts
-
-
-def _read_report(path: Path) -> dict[str, Any]:
-    try:
-        report: dict[str, Any] = msgspec.json.decode(path.read_bytes())
-        if report["vector"] is None:
-            raise RecipeError(
-                "the run has no vector", where=str(path.parent), todo="train with --vector"
-            )
-        return report
-    except (OSError, msgspec.DecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"is no training report: {error}", where=str(path)) from error
-
-
-def _public(base: str | None) -> str | None:
-    """What a base may be called in a file for others: a Hub id, or a local folder's last name."""
-    if base is None:
-        return None
-    local = Path(base).expanduser().exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", base)
-    return Path(base).expanduser().resolve().name if local else base
-
-
-def _manifest_for(pool: Path, found: _Found) -> Manifest:
+def _manifest_for(pool: Path, found: Found) -> Manifest:
     if not (pool / MANIFEST).exists():
         if found.base is None:
             raise RecipeError(
@@ -377,14 +278,11 @@ def _facts(folder: Path) -> dict[str, FileFacts]:
     return {path.name: hash_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def _discard(pool: Path, folder: Path) -> None:
-    if folder.is_symlink() or not folder.is_dir():
-        folder.unlink()
-        return
-    out = pool / f"{_OUTGOING}{folder.name}"
-    shutil.rmtree(out, ignore_errors=True)
-    folder.rename(out)
-    shutil.rmtree(out)
+def _delete(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
 
 
 def _problems(pool: Path, manifest: Manifest, entry: Entry) -> list[str]:

@@ -1,4 +1,4 @@
-"""Training of the sources: continual pre-training on one dataset, or on a mixture of several.
+"""Training of the sources: continual pre-training on one dataset, a pool of them, or a mixture.
 
     config = TrainConfig(base="base", tokens="10M",
                          datasets=[DatasetConfig(name="ja", data="texts/ja/*.jsonl")])
@@ -12,8 +12,22 @@ mixture, packing without loss, checkpoints known to be whole) is what the module
 
 from __future__ import annotations
 
-from optimer_engine.train.config import DatasetConfig, TrainConfig
+from optimer_engine.train.config import DatasetConfig, RatioOrigin, TrainConfig
 from optimer_engine.train.cpt import run_cpt
+from optimer_engine.train.pool import PoolRun, mixture_config, train_pool
+from optimer_engine.train.ratios import ratios_of, with_ratios_from
 from optimer_engine.train.report import DatasetReport, TrainReport
 
-__all__ = ["DatasetConfig", "DatasetReport", "TrainConfig", "TrainReport", "run_cpt"]
+__all__ = [
+    "DatasetConfig",
+    "DatasetReport",
+    "PoolRun",
+    "RatioOrigin",
+    "TrainConfig",
+    "TrainReport",
+    "mixture_config",
+    "ratios_of",
+    "run_cpt",
+    "train_pool",
+    "with_ratios_from",
+]

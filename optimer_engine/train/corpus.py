@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,13 @@ def _corpus(config: DatasetConfig, files: list[Path], kind: str) -> Corpus:
 
 
 def _hash_file(path: Path) -> str:
+    found = path.stat()
+    return _hash(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=65536)
+def _hash(path: Path, *_identity: int) -> str:
+    """Each file is read once, though a pool asks several times."""
     digest = xxhash.xxh3_128()
     try:
         with path.open("rb", buffering=0) as file:

@@ -34,7 +34,7 @@ from optimer_engine.train.corpus import find, first_documents
 from optimer_engine.train.model import Base, find_base
 from optimer_engine.train.processes import Processes
 from optimer_engine.train.report import TrainReport
-from optimer_engine.train.resume import check_same_run
+from optimer_engine.train.resume import check_same_run, fingerprint_of
 from optimer_engine.train.run import LIBRARIES, Begun, Run
 
 if TYPE_CHECKING:
@@ -106,6 +106,17 @@ def run_cpt(
             return done
         run = Run(config, out, base, begun, arguments, processes, progress and processes.first)
         return run.finish(list(callbacks))
+
+
+def run_fingerprint(config: TrainConfig, processes: int = 1) -> str:
+    """What `TrainReport.run` of a finished run of `config` is; text and base are looked at.
+
+    Raises:
+        RecipeError, CheckpointError: as `run_cpt`.
+    """
+    config = checked(config)
+    base = find_base(config.base, config.base_revision)
+    return fingerprint_of(_begin(config, base, processes).identity)
 
 
 def _begin(config: TrainConfig, base: Base, processes: int) -> Begun:

@@ -30,7 +30,7 @@ ORDER = [
 # A plan runs itself, inside two of its methods.
 STEPS_BACK = {("planner", "engine"), ("planner", "iteration")}
 # Whatever computes tiles may call kernels.
-CALL_KERNELS = {"ops", "methods", "vectors"}
+CALL_KERNELS = {"ops", "methods", "vectors", "packing", "inspection"}
 WITHOUT_TORCH = ORDER[: ORDER.index("ops") + 1]
 HEAVY = {"torch", "transformers", "datasets", "smac", "lm_eval", "matplotlib", "huggingface_hub",
          "peft", "accelerate", "numba", "scipy", "pandas", "optuna", "vllm", "distributed",

@@ -181,6 +181,32 @@ def test_damaged_blocks_are_reported_or_harmless(data):
         assert np.array_equal(out[64:-64].view(np.uint16), trained)
 
 
+@pytest.mark.parametrize("layer", ["first", "second"])
+@pytest.mark.parametrize("change", ["one more", "one less", "elsewhere"])
+def test_a_bitmap_must_mark_what_its_header_says(layer, change):
+    """Layer 1 of 2 bits; 90 elements with 3 bits more, of which 10 have 7 more still."""
+    z = np.ones(1024, np.uint16)
+    z[:90], z[20:30] = 0b10101, 0b10_1010_10101
+    base = np.zeros(1024, np.uint16)
+    data, sizes = pack(spec.moved(base, z), base)
+    w1, w2, w3 = data[:3]
+    n1, n2 = data[4:8].view(np.uint16)
+    assert (n1, n2) == (90, 10) and w3
+    at = 8 + 128 * int(w1) + (0 if layer == "first" else 128 + -(-int(n1) * int(w2) // 64) * 8)
+    bitmap = data[at : at + 16]
+    if change != "one less":
+        # Behind the last one that is marked; in the second layer, behind the last there is.
+        bitmap[-1] |= 0x80
+    if change != "one more":
+        bitmap[2 if layer == "first" else 3] &= 0xEF
+    failed, out = unpack(data, sizes, base, 0, 1024, 1024, np.uint16)
+    if layer == "first" and change == "elsewhere":
+        assert failed == 0  # as good a block as any, with other values
+        assert not np.array_equal(out, spec.moved(base, z))
+    else:
+        assert failed == 1
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @settings(max_examples=40, deadline=None)
 @given(
@@ -206,7 +232,7 @@ def test_quantised_values_keep_their_bound_and_the_kernel_its_specification(
     assert np.all(np.abs(whole[:elems] - values.astype(np.float64)) <= scale * 0.50001)
     largest = np.abs(np.resize(np.r_[values, np.zeros(groups * 64 - elems)], (groups, 64))).max(1)
     steps = largest / spec.LEVELS[bits]
-    assert np.all(upcast(scales, BF16, np.float64) <= np.maximum(steps * (1 + 2**-7), 2.0**-133))
+    assert np.all(upcast(scales, BF16, np.float64) <= steps * (1 + 2**-7) + 2.0**-133)
     start, stop = sorted(rng.integers(0, elems + 1, 2))
     first = start // spec.GROUP
     out = np.zeros(stop - start, np.float32)

@@ -1,0 +1,125 @@
+"""What launches of Triton kernels share: how tensors, weights and counts become arguments."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+
+from .reference import accumulates_in_fp64
+from .triton_elements import ITEM_BYTES
+
+MAX_SOURCES = 64
+"""Sources that one launch can take: the bits of the mask that tells models from vectors."""
+
+NUM_WARPS = 8
+
+OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+"""Of every launch: multiply and add stay apart, as in `kernels.reference`."""
+
+HELD_BYTES, HELD_BYTES_AMD = 36 * 16, 18 * 16
+"""What one thread may hold of all operands together, or its registers would spill to memory.
+
+One 128-bit access each of base, sources and output, with 32 or 16 sources and some to spare; AMD's
+buffer descriptors take registers too. What is summed in fp64 counts as such."""
+
+TORCH_DTYPES = (
+    torch.bfloat16, torch.float16, torch.float32, torch.float64,
+    torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
+"""What each dtype code of `kernels.reference` is called in torch."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Any) -> Any:
+    """A tensor, or each of a packed source's two, as integers of its size."""
+    if isinstance(tensor, tuple):
+        return tuple(map(bits, tensor))
+    if tensor.dtype is torch.int8:
+        return tensor
+    return tensor.view(_BITS[tensor.itemsize])
+
+
+def held(codes: Sequence[int], wide: bool) -> int:
+    """Neighbouring elements that a thread holds of each operand: 16 bytes of the narrowest."""
+    sizes = [ITEM_BYTES[code] for code in codes]
+    limit = HELD_BYTES_AMD if warp_threads() == 64 and not wide else HELD_BYTES
+    elems = 16 // min(sizes)
+    elem_bytes = 8 * len(sizes) if wide else sum(sizes)
+    while elems > 1 and elems * elem_bytes > limit:
+        elems //= 2
+    return elems
+
+
+def form(base: int, out: int, sources: Sequence[int]) -> dict[str, Any]:
+    """The compile-time arguments that follow from the dtype codes."""
+    wide = accumulates_in_fp64(base, list(sources), out)
+    elems = held((base, out, *sources), wide)
+    block = NUM_WARPS * warp_threads() * elems
+    return {"CODES": (base, out, *sources), "WIDE": wide, "BLOCK": block, "HELD": elems}
+
+
+def with_nulls(base: Any, sources: Sequence[Any]) -> list[Any]:
+    """The sources, and null sources up to a power of two: never loaded, so any operand will do.
+
+    Raises:
+        ValueError: for more than MAX_SOURCES.
+    """
+    count = len(sources)
+    if count > MAX_SOURCES:
+        raise ValueError(f"{count} sources in one launch; at most {MAX_SOURCES} fit")
+    places = 1 << max(count - 1, 0).bit_length()
+    return [*sources, *[sources[-1] if sources else base] * (places - count)]
+
+
+def packed_weights(weights: Sequence[float], count: int, places: int, wide: bool) -> tuple:
+    """The weights as kernel arguments, with zeros for null sources.
+
+    Triton passes a Python float as fp32. An fp64 weight therefore travels as the halves of its bit
+    pattern, each made odd and larger than 32 bits, since Triton compiles anew for integers that are
+    short, 1 or multiples of 16.
+    """
+    if len(weights) != count:
+        raise ValueError(f"{len(weights)} weights for {count} sources")
+    padded = [*map(float, weights), *[0.0] * (places - count)]
+    if not wide:
+        return tuple(padded)
+    words = [struct.unpack("<II", struct.pack("<d", weight)) for weight in padded]
+    return tuple(tuple((1 << 40) | (half << 1) | 1 for half in (high, low)) for low, high in words)
+
+
+def mask_of_models(is_delta: Sequence[bool]) -> int:
+    """Bit i is set where source i is a model, from which the base is subtracted."""
+    return sum(1 << i for i, delta in enumerate(is_delta) if not delta)
+
+
+def flag_on(device: Any) -> torch.Tensor:
+    """[1] int32, 0: what a kernel sets to 1 when it meets NaN or infinity."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which is not a GPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def warp_threads() -> int:
+    """Threads of a warp of the GPU at hand: 32, or 64 on AMD's."""
+    return 32 if interpreted() else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def resident_programs(tensor: torch.Tensor) -> int:
+    """Programs that the tensor's GPU runs at once: 2048 threads on each multiprocessor."""
+    if not tensor.is_cuda:
+        return 3
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count * 8
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+    """The tensor's GPU as the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
