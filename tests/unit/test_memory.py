@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from optimer_engine import methods
+
 SLACK = 6 << 20
 """What a Python process gains by itself: thread stacks, allocator arenas, the page table."""
 
@@ -119,6 +121,17 @@ def test_a_lower_limit_is_kept_too(measure, limit):
 def test_memory_does_not_grow_with_the_output(measure, tmp_path):
     found = measure(LARGE, 1, out=str(tmp_path / "out"))
     assert found["peak"] <= found["projected"] + SLACK
+
+
+@linux
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "sce", "karcher", "model_stock"])
+def test_methods_with_statistics_keep_it_too(measure, method):
+    weighted = "weight" in methods.get(method).parameters
+    sources = {f"source{i}": {} if weighted else {"weight": 1.0} for i in range(3)}
+    sparse = {"density": 0.5} if weighted else {}
+    found = measure(LARGE, 3, method=method, parameters=sparse, **sources)
+    assert found["peak"] <= found["projected"] + SLACK
+    assert found["projected"] <= 64 << 20, "a source has 100 MB"
 
 
 @linux
