@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 SETTLE_EVERY_S = 0.01
 
+SLOW_BYTES_PER_S = 1e9
+"""Of one thread's reading: the page cache gives several times as much, a disk less."""
+SAMPLED_BYTES = 64 << 20
+
 COPY_BYTES = 16 << 20
 """Unchanged tensors are copied from file to file in pieces of this size."""
 
@@ -223,6 +227,8 @@ class _Execution:
     ) -> None:
         self.plan, self.sink, self.callbacks, self.kernel = made, sink, callbacks, kernel
         self.bytes_read = 0
+        self.read_s = 0.0
+        self.slow = self.drained = False
         self.kept = Kept()
         self.changed = threading.Condition()
         self.stop = threading.Event()
@@ -256,9 +262,11 @@ class _Execution:
             callback(event)
 
     def run(self) -> None:
-        with ThreadPoolExecutor(self.plan.threads + 1, thread_name_prefix="merge") as pool:
+        count, spare = self.plan.threads, self.plan.spare_threads
+        with ThreadPoolExecutor(count + spare + 1, thread_name_prefix="merge") as pool:
             settler = pool.submit(self._settle)
-            workers = [pool.submit(self._work) for _ in range(self.plan.threads)]
+            workers = [pool.submit(self._work) for _ in range(count)]
+            workers += [pool.submit(self._help) for _ in range(spare)]
             try:
                 for worker in workers:
                     worker.result()
@@ -271,6 +279,13 @@ class _Execution:
         self.downloads.stop()
         with self.changed:
             self.changed.notify_all()
+
+    def _help(self) -> None:
+        """Work too, once the inputs have turned out to be slow: more reads at once then pay."""
+        with self.changed:
+            while not (self.slow or self.drained or self.stop.is_set()):
+                self.changed.wait()
+        self._work()
 
     def _settle(self) -> None:
         """Let the sink settle what is written, beside the workers."""
@@ -292,6 +307,8 @@ class _Execution:
                 elif any(job.wanted for job in self.jobs):
                     self.changed.wait()  # for the end of a pass, which makes its job ready again
                 else:
+                    self.drained = True
+                    self.changed.notify_all()
                     return None
         return None
 
@@ -318,6 +335,14 @@ class _Execution:
             self._halt()
             raise
 
+    def _note_speed(self, took_s: float) -> None:
+        with self.changed:
+            self.read_s += took_s
+            if self.bytes_read > SAMPLED_BYTES and not self.slow:
+                self.slow = self.bytes_read < SLOW_BYTES_PER_S * self.read_s
+                if self.slow:
+                    self.changed.notify_all()
+
     def _do(self, job: _Job, start: int, stop: int, ring: np.ndarray) -> tuple[int, int]:
         """One tile of a pass or of the merge: (bytes read, bytes of output done)."""
         run = job.run
@@ -330,8 +355,10 @@ class _Execution:
             fd = base.checkpoint.files[base.file].fd
             self.sink.copy_run(run, start, stop, fd, base.offset + start * base.dtype.itemsize)
             return out_bytes, out_bytes
+        begun = time.perf_counter()
         tiles = _read(run, start, stop, ring)
         read_bytes = sum(tile.nbytes for tile in tiles)
+        self._note_speed(time.perf_counter() - begun)
         if run.copied:
             for (number, _), tile in zip(run.sources, tiles[1:], strict=True):
                 if not np.array_equal(tiles[0], tile):

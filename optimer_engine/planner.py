@@ -58,6 +58,7 @@ class Plan:
         part: (i, n) to make only the shards that are the i-th of n parts' share.
         kind: "model" or "vector", the kind of checkpoint that comes out.
         threads, tile_bytes: how it runs; neither changes a bit of the output.
+        spare_threads: that join where the inputs turn out to be slow to read.
         warnings: what was noticed and not refused.
         donor: number of the checkpoint that configuration and tokenizer files come from; `files`
             are written in place of its own, `omitted` are not copied.
@@ -79,6 +80,7 @@ class Plan:
     files: Mapping[str, bytes] = field(default_factory=dict)
     omitted: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    spare_threads: int = 0
     disk_limit: int | None = None
 
     @property
@@ -132,15 +134,15 @@ class Plan:
         )
         rows, row_bytes = self.ring_shape
         per_thread = rows * row_bytes + max(computed, default=0)
-        shared = 0
+        shared, threads = 0, self.threads + self.spare_threads
         for run in self._method_runs():
             assert run.method is not None
             memory = run.method.memory(run.recipe)
-            shared = max(shared, memory.shared_bytes + self.threads * memory.thread_bytes)
+            shared = max(shared, memory.shared_bytes + threads * memory.thread_bytes)
         bookkeeping = BOOKKEEPING_BYTES * rows * len(self.rows)
         # A job's last tiles overlap the next one's first: two statistics may be held at once.
         downloads = memory_bytes(self.checkpoints)
-        return self.threads * per_thread + 2 * shared + bookkeeping + downloads
+        return threads * per_thread + 2 * shared + bookkeeping + downloads
 
     @property
     def ring_shape(self) -> tuple[int, int]:
@@ -211,7 +213,8 @@ class Plan:
         """Run into `sink`; see `engine.run`."""
         from optimer_engine import engine  # the ladder's one step back: a plan runs itself
 
-        return engine.run(replace(self, threads=threads or self.threads), sink, callbacks=callbacks)
+        made = self if threads is None else replace(self, threads=threads, spare_threads=0)
+        return engine.run(made, sink, callbacks=callbacks)
 
     def iter_tensors(self) -> Iterator[tuple[str, Any]]:
         """Merge and give out (name, torch tensor) one by one; see `iteration.iter_tensors`."""
@@ -245,7 +248,8 @@ def plan(
     Args:
         recipe: a Recipe, a mapping, or the path of a YAML file; mergekit's files work as well.
         mem_limit: bytes the run may add to the interpreter; tiles shrink to fit.
-        threads: default one per available core.
+        threads: default one per available core, and as many more where the inputs do not lie in
+            the page cache.
         max_shard_size: bytes per output file, in place of the recipe's.
         compat: "mergekit" for what mergekit computes where it departs from a method's paper.
         seed: of random masks and stochastic rounding, in place of the recipe's.
@@ -265,6 +269,7 @@ def plan(
             f"{part[0]}/{part[1]} is no part", where="part", todo="write 1/4, 2/4, 3/4 or 4/4"
         )
     recipe = load_recipe(recipe)
+    spare = available_cores() if threads is None else 0
     threads = threads or available_cores()
     given = {"max_shard_size": max_shard_size, "compat": compat, "seed": seed}
     options = {key: value for key, value in given.items() if value is not None}
@@ -276,6 +281,7 @@ def plan(
     made = replace(
         made,
         threads=threads,
+        spare_threads=spare,
         part=part,
         options=options,
         disk_limit=None if disk_limit is None else parse_bytes(disk_limit),
