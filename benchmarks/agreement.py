@@ -13,7 +13,7 @@ element is *correctly rounded* if it is that result rounded once; where the resu
 for fp64's own noise, either neighbour is. float32 outputs are measured in fp32 steps from it. What
 differs by more than one bf16 step is put down to a cause:
 
-    cancels    the result is next to nothing beside the inputs, of whose size it is within a step
+    cancels    the two are within one step of the inputs' size: the result is next to nothing
     undecided  magnitudes are equal at the end of a mask, and mergekit's unstable sort keeps others
                than ours; or a vote on a sign comes to zero but for rounding
     theirs     ours is within one step of the fp64 result, mergekit's fp32 is not
@@ -32,7 +32,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,8 +130,8 @@ class Row:
     Attributes:
         only_ours, only_theirs: tensors that one of the two wrote.
         differ: elements whose bf16 outputs are not equal. beyond: that are not neighbours either.
-        worst: the largest difference, in bf16 steps at the size of the first input or the result,
-            whichever is larger.
+        worst: the largest difference, in bf16 steps at the size of the largest of inputs and
+            result.
         causes: of those beyond, see the module's text; where: in which tensors.
         undecided: elements that are.
         misrounded, theirs_misrounded: decided elements that are not correctly rounded to bf16.
@@ -160,7 +159,7 @@ class Row:
 
 
 def recipe(job: Job, base: Path, sources: list[Path], dtype: str) -> dict[str, Any]:
-    """The mergekit file of a job, written as `dtype`; fp64 is computed in fp64, the rest in fp32."""
+    """The mergekit file of a job, written as `dtype`; computed in fp32, or in fp64 for fp64."""
     values = {"weight": WEIGHTS, "density": DENSITIES}
     models: list[dict[str, Any]] = []
     for number, source in enumerate(sources):
@@ -197,7 +196,7 @@ def compare(row: Row, outputs: dict[str, Path], given: list[Path], job: Job) -> 
     for name in sorted(ours.keys() & theirs.keys()):
         values = [_numbers(tensors[name]) for tensors in inputs]
         exact = made["theirs float64"][name]
-        size = np.maximum(np.abs(exact), np.abs(values[0]))
+        size = np.maximum.reduce([np.abs(array) for array in (exact, *values)])
         step = np.spacing(size.astype(np.float32)).astype(np.float64)  # of fp32
         open_ = _undecided(values, job)
         apart = steps(ours[name], theirs[name])
@@ -330,7 +329,7 @@ def family_rows(family: str, labels: list[str], work: Path, python: Path) -> lis
 
 HEADER = (
     f"{'architecture':14} {'method':27} {'elements':>8} {'differ':>7} {'> 1':>5} {'worst':>6}"
-    f" {'misrounded':>10} {'theirs':>8} {'fp32':>5} {'theirs':>9} {'defaults':>8}  > 1 because"
+    f" {'misrounded':>10} {'theirs':>8} {'fp32':>5} {'theirs':>8} {'defaults':>8}  > 1 because"
 )
 
 
@@ -339,11 +338,11 @@ def line(row: Row) -> str:
     count, decided = max(1, row.elems), max(1, row.elems - row.undecided)
     causes = ", ".join(f"{number} {cause}" for cause, number in sorted(row.causes.items()))
     for what, names in (("only ours", row.only_ours), ("only theirs", row.only_theirs)):
-        causes += f" {what}: {', '.join(names)}" if names else ""
+        causes += f" {what}: {len(names)} tensors, {names[0]} first" if names else ""
     return (
         f"{row.family:14} {row.label:27} {row.elems:8d} {row.differ / count:7.3%} {row.beyond:5d}"
         f" {row.worst:6.2f} {row.misrounded / decided:10.4%} {row.theirs_misrounded / decided:8.3%}"
-        f" {row.error:5.2f} {row.theirs_error:9.1f} {row.defaults_beyond / count:8.2%}  {causes}"
+        f" {row.error:5.2f} {row.theirs_error:8.1f} {row.defaults_beyond / count:8.2%}  {causes}"
     ).rstrip()
 
 

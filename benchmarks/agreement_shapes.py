@@ -1,6 +1,6 @@
-"""Agreement with mergekit: every deterministic method that both have, on the same tensors.
+"""Agreement with mergekit on tensors of odd shapes, which no model of `agreement` has.
 
-    python -m benchmarks.agreement [--work FOLDER]
+    python -m benchmarks.agreement_shapes [--work FOLDER]
 
 Inputs are bf16, as models are: a matrix, a matrix with one column, a vector and a 3-D tensor, whose
 sources differ from their base by 3 % of its standard deviation. mergekit computes in fp32 (its

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from benchmarks import kernel, memory, merge
+from benchmarks import kernel, memory, merge, vectors
 
-CASES = {"kernel": kernel, "memory": memory, "merge": merge}
+CASES = {"kernel": kernel, "memory": memory, "merge": merge, "vectors": vectors}

@@ -19,7 +19,7 @@ from benchmarks.checkpoints import WEIGHTS
 from benchmarks.runner import Case, Contestant
 from optimer_engine.kernels import cpu, reference
 from optimer_engine.kernels.reference import BF16, F32
-from optimer_engine.planner import TILE_BYTES, available_cores
+from optimer_engine.plans import TILE_BYTES, available_cores
 
 DEFAULT_BYTES = 128_000_000
 RIVALS = ("torch",)

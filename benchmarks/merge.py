@@ -23,7 +23,7 @@ from benchmarks.checkpoints import Inputs
 from benchmarks.measure import Cost
 from benchmarks.runner import Case, Contestant
 from optimer_engine import FolderSink, Sink, ops, plan
-from optimer_engine.planner import available_cores
+from optimer_engine.plans import available_cores
 from optimer_engine.types import TensorInfo
 
 DEFAULT_BYTES = 1_200_000_000

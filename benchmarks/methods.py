@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from benchmarks import checkpoints, measure, mergekit
-from benchmarks.checkpoints import Inputs
 from benchmarks.runner import Case, Contestant
 
 DEFAULT_BYTES = 1_200_000_000

@@ -30,7 +30,7 @@ from optimer_engine.kernels import packed
 from optimer_engine.kernels.reference import BF16, F16, F32, round_to, upcast
 from optimer_engine.kernels.reference_packed import BLOCK, CHUNK, SAME
 from optimer_engine.packing import pack, unpack
-from optimer_engine.planner import available_cores
+from optimer_engine.plans import available_cores
 
 DEFAULT_BYTES = 600_000_000
 RIVALS = ()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import triton
 
-from .reference import accumulates_in_fp64
-from .triton_elements import ITEM_BYTES
+from .reference import BF16, accumulates_in_fp64
+from .triton_elements import INT4, INT8, ITEM_BYTES
 
 MAX_SOURCES = 64
 """Sources that one launch can take: the bits of the mask that tells models from vectors."""
@@ -33,16 +33,18 @@ TORCH_DTYPES = (
 )  # fmt: skip
 """What each dtype code of `kernels.reference` is called in torch."""
 
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter, on no GPU; settled when they are defined."""
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def bits(tensor: Any) -> Any:
-    """A tensor, or each of a packed source's two, as integers of its size."""
-    if isinstance(tensor, tuple):
-        return tuple(map(bits, tensor))
-    if tensor.dtype is torch.int8:
-        return tensor
-    return tensor.view(_BITS[tensor.itemsize])
+def bits(operand: Any, code: int) -> Any:
+    """A tensor of that code as integers of its size; both tensors of a packed source."""
+    if code in (INT8, INT4):
+        numbers, scales = operand
+        return numbers.view(torch.int8 if code == INT8 else torch.uint8), bits(scales, BF16)
+    return operand.view(_BITS[operand.itemsize])
 
 
 def held(codes: Sequence[int], wide: bool) -> int:
@@ -103,14 +105,9 @@ def flag_on(device: Any) -> torch.Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which is not a GPU."""
-    return bool(triton.knobs.runtime.interpret)
-
-
 def warp_threads() -> int:
     """Threads of a warp of the GPU at hand: 32, or 64 on AMD's."""
-    return 32 if interpreted() else triton.runtime.driver.active.get_current_target().warp_size
+    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
 
 
 def resident_programs(tensor: torch.Tensor) -> int:

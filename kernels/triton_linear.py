@@ -1,4 +1,4 @@
-"""The GPU kernels: the reference's arithmetic in Triton, at the speed of the GPU's own memory.
+"""The fused linear merge on GPUs: the reference's arithmetic at the speed of the GPU's own memory.
 
 One program merges one block. A thread loads a few neighbouring elements of every operand, 16 bytes
 of the narrowest, upcasts them in registers, sums the weighted deltas, rounds and stores: HBM sees
@@ -13,217 +13,65 @@ alternative, a loop over a table of sources, compiles once but waits for one sou
 for the next.
 
 Numerics. Floating-point fusion is off, so multiply and add stay apart as in `kernels.reference`.
-bf16 is converted in integer arithmetic, which gives the same bits on every target and in Triton's
-interpreter (whose own conversions truncate, and lose denormals). Finite results, infinities, zeros
-and denormals equal the reference to the bit. A NaN made by arithmetic is a quiet NaN whose payload
-is the hardware's.
+Finite results, infinities, zeros and denormals equal the reference to the bit. A NaN made by
+arithmetic is a quiet NaN whose payload is the hardware's.
+
+Arguments that functions here share:
+    operands: (base, out, sources); sources: a tuple of pointers, of a pair for a packed one.
+    terms: (weights, thetas, count); of the sources and weights the first `count` are real. Bit i of
+        thetas: source i is a model, from which the base is subtracted; else a vector.
+    CODES: dtype codes of base, out, sources. WIDE: sum in fp64. ADD_BASE: see `reference.linear`.
+    BLOCK: elements of a block. HELD: neighbouring elements that one thread holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from .reference import accumulates_in_fp64
-
-TRITON_DTYPES = (tl.bfloat16, tl.float16, tl.float32, tl.float64)
-"""What each dtype code of `kernels.reference` is called in Triton."""
-
-MAX_SOURCES = 64
-"""Sources that one launch can take: the bits of the mask that tells models from vectors."""
-
-NUM_WARPS = 8
-
-HELD_BYTES, HELD_BYTES_AMD = 36 * 16, 18 * 16
-"""What one thread may hold of all operands together, or its registers would spill to memory.
-
-One 128-bit access each of base, sources and output, with 32 or 16 sources and some to spare; AMD's
-buffer descriptors take registers too. What is summed in fp64 counts as such."""
-
-OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-
-
-def with_nulls(base: Any, sources: Sequence[Any]) -> list[Any]:
-    """The sources, and null sources up to a power of two: never loaded, so any operand will do.
-
-    Raises:
-        ValueError: for more than MAX_SOURCES.
-    """
-    count = len(sources)
-    if count > MAX_SOURCES:
-        raise ValueError(f"{count} sources in one launch; at most {MAX_SOURCES} fit")
-    places = 1 << max(count - 1, 0).bit_length()
-    return [*sources, *[sources[-1] if sources else base] * (places - count)]
-
-
-def constexprs(
-    base_code: int,
-    source_codes: Sequence[int],
-    out_code: int,
-    add_base: bool,
-    warp_threads: int,
-) -> dict[str, Any]:
-    """The compile-time arguments of both kernels; warps have 32 threads (NVIDIA) or 64 (AMD)."""
-    sizes = [
-        TRITON_DTYPES[code].primitive_bitwidth // 8 for code in (base_code, *source_codes, out_code)
-    ]
-    wide = accumulates_in_fp64(base_code, list(source_codes), out_code)
-    limit = HELD_BYTES_AMD if warp_threads == 64 and not wide else HELD_BYTES
-    held = 16 // min(sizes)
-    elem_bytes = 8 * len(sizes) if wide else sum(sizes)
-    while held > 1 and held * elem_bytes > limit:
-        held //= 2
-    return {
-        "WIDE": wide,
-        "ADD_BASE": add_base,
-        "BLOCK": NUM_WARPS * warp_threads * held,
-        "HELD": held,
-    }
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.where(a > b, a, b)
-
-
-@triton.jit
-def _upcast(value, DTYPE: tl.constexpr):
-    """Stored values, exactly, as DTYPE (fp32 or fp64)."""
-    if value.dtype == tl.bfloat16:
-        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(DTYPE)
-
-
-@triton.jit
-def _to_odd(value):
-    """fp64 as fp32 rounded to odd, so that the next rounding is the only one that counts.
-
-    Truncate towards zero and set the last bit if anything was lost (Boldo and Melquiond, 2008).
-    """
-    single = value.to(tl.float32)
-    difference = value - single.to(tl.float64)
-    bits = single.to(tl.uint32, bitcast=True)
-    away = (difference < 0.0) == (single > 0.0)
-    odd = tl.where(away, bits - 1, bits) | 1
-    inexact = (difference == difference) & (difference != 0.0)
-    return tl.where(inexact, odd, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _round(value, DTYPE: tl.constexpr):
-    """fp32 or fp64 rounded once, to nearest even, to DTYPE."""
-    if DTYPE.primitive_bitwidth == 16 and value.dtype == tl.float64:
-        value = _to_odd(value)
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
-        bits = value.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        quiet_nan = (bits >> 16) | 0x40
-        rounded = tl.where(value != value, quiet_nan, nearest)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(DTYPE)
-
-
-@triton.jit
-def _report_nonfinite(rounded, flag, HELD: tl.constexpr):
-    """Set *flag if any element is NaN or infinite: its exponent bits are all ones.
-
-    Only the HELD neighbours that one thread holds are reduced: no exchange between threads, no
-    barrier. The atomic is never executed on finite results.
-    """
-    if rounded.dtype == tl.float64:
-        exponent = (rounded.to(tl.uint64, bitcast=True) >> 32).to(tl.int32) & 0x7FF00000
-        top = 0x7FF00000
-    elif rounded.dtype == tl.float32:
-        exponent = rounded.to(tl.int32, bitcast=True) & 0x7F800000
-        top = 0x7F800000
-    else:
-        top = 0x7F80 if rounded.dtype == tl.bfloat16 else 0x7C00
-        exponent = rounded.to(tl.int16, bitcast=True).to(tl.int32) & top
-    threads: tl.constexpr = rounded.shape[0] // HELD
-    largest = tl.reduce(tl.reshape(exponent, (threads, HELD)), 1, _larger)
-    same_place = flag + tl.full((threads,), 0, tl.int32)
-    tl.atomic_or(same_place, 1, mask=largest == top, sem="relaxed")
-
-
-@triton.jit
-def _weight(packed, WIDE: tl.constexpr):
-    """A weight as `_pack` hands it over."""
-    if WIDE:
-        high, low = packed
-        return (((high >> 1) << 32) | ((low >> 1) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
-    else:
-        return packed
+from .triton_elements import load, load_where, report_nonfinite, rounded, weight
 
 
 @triton.jit
 def _merge_part(
-    base,
-    sources,
-    weights,
-    thetas,
-    count,
-    out,
-    flag,
-    start,
-    left,
-    MASKED: tl.constexpr,
-    WIDE: tl.constexpr,
-    ADD_BASE: tl.constexpr,
-    ELEMS: tl.constexpr,
-    HELD: tl.constexpr,
-):
-    """The arithmetic, on ELEMS elements from `start`; where MASKED, only `left` of them are there.
-
-    sources, weights: tuples of one length, of which the first `count` are real. Bit i of thetas:
-    source i is a model, from which the base is subtracted; else a vector, taken as it is. HELD:
-    neighbouring elements that one thread holds.
-    """
+    operands, terms, flag, start, left,
+    MASKED: tl.constexpr, CODES: tl.constexpr, WIDE: tl.constexpr, ADD_BASE: tl.constexpr,
+    ELEMS: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """The arithmetic, on ELEMS elements from `start`; where MASKED, only `left` of them are there."""
+    base, out, sources = operands
+    weights, thetas, count = terms
     lane = tl.arange(0, ELEMS)
+    inside = lane < left
     real: tl.constexpr = tl.float64 if WIDE else tl.float32
     if MASKED:
-        inside = lane < left
-        theta_base = tl.load(base + start + lane, inside, 0.0, eviction_policy="evict_first")
+        theta_base = load_where(base, CODES[0], start, inside, True, ELEMS, HELD, real)
     else:
-        theta_base = tl.load(base + start + lane, eviction_policy="evict_first")
-    theta_base = _upcast(theta_base, real)
+        theta_base = load(base, CODES[0], start, ELEMS, HELD, real)
     total = tl.full((ELEMS,), 0.0, real)
     for i in tl.static_range(len(sources)):
         there = tl.full((ELEMS,), i, tl.int32) < count
         if MASKED:
             there &= inside
-        value = tl.load(sources[i] + start + lane, there, 0.0, eviction_policy="evict_first")
+        value = load_where(sources[i], CODES[2 + i], start, there, count > i, ELEMS, HELD, real)
         origin = tl.where(((thetas.to(tl.uint64) >> i) & 1) != 0, theta_base, 0.0)
-        total += _weight(weights[i], WIDE) * (_upcast(value, real) - origin)
+        total += weight(weights[i], WIDE) * (value - origin)
     if ADD_BASE:
         total = tl.where(total == 0.0, theta_base, theta_base + total)
-    rounded = _round(total, out.dtype.element_ty)
-    _report_nonfinite(rounded, flag, HELD)
+    stored = rounded(total, CODES[1])
+    report_nonfinite(stored, CODES[1], flag, HELD)
     if MASKED:
-        tl.store(out + start + lane, rounded, inside, eviction_policy="evict_first")
+        tl.store(out + start + lane, stored, inside, eviction_policy="evict_first")
     else:
-        tl.store(out + start + lane, rounded, eviction_policy="evict_first")
+        tl.store(out + start + lane, stored, eviction_policy="evict_first")
 
 
 @triton.jit
 def _merge_block(
-    base,
-    sources,
-    weights,
-    thetas,
-    count,
-    out,
-    flag,
-    start,
-    elems,
-    WIDE: tl.constexpr,
-    ADD_BASE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    operands, terms, flag, start, elems,
+    CODES: tl.constexpr, WIDE: tl.constexpr, ADD_BASE: tl.constexpr, BLOCK: tl.constexpr,
     HELD: tl.constexpr,
-):
+):  # fmt: skip
     """The block of a tensor of `elems` elements that begins at `start`.
 
     A whole block goes in one piece without a mask. What is left at the end goes one element per
@@ -231,44 +79,35 @@ def _merge_block(
     """
     if start + BLOCK <= elems:
         _merge_part(
-            base, sources, weights, thetas, count, out, flag, start, BLOCK,
-            False, WIDE, ADD_BASE, BLOCK, HELD,
-        )  # fmt: skip
+            operands, terms, flag, start, BLOCK, False, CODES, WIDE, ADD_BASE, BLOCK, HELD
+        )
     else:
         for at in range(start, elems, BLOCK // HELD):
             tl.debug_barrier()  # or the compiler unrolls the loop, and holds more than it can
             _merge_part(
-                base, sources, weights, thetas, count, out, flag, at, elems - at,
-                True, WIDE, ADD_BASE, BLOCK // HELD, 1,
-            )  # fmt: skip
+                operands, terms, flag, at, elems - at, True, CODES, WIDE, ADD_BASE, BLOCK // HELD, 1
+            )
 
 
 @triton.jit(do_not_specialize=["thetas", "count", "elems"])
 def linear_kernel(
-    base,
-    sources,
-    weights,
-    thetas: tl.uint64,
-    count: tl.int32,
-    out,
-    flag,
-    elems: tl.int64,
-    WIDE: tl.constexpr,
-    ADD_BASE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    base, out, sources, weights, thetas: tl.uint64, count: tl.int32, flag, elems: tl.int64,
+    CODES: tl.constexpr, WIDE: tl.constexpr, ADD_BASE: tl.constexpr, BLOCK: tl.constexpr,
     HELD: tl.constexpr,
-):
+):  # fmt: skip
     """One block of one tensor per program, the last first: the slow end hides behind the others."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK
-    _merge_block(
-        base, sources, weights, thetas, count, out, flag, start, elems, WIDE, ADD_BASE, BLOCK, HELD
-    )
+    operands, terms = (base, out, sources), (weights, thetas, count)
+    _merge_block(operands, terms, flag, start, elems, CODES, WIDE, ADD_BASE, BLOCK, HELD)
 
 
 @triton.jit
-def _pointer(entry, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a table entry, as a pointer."""
-    pointer = tl.load(entry).to(tl.pointer_type(DTYPE))
+def _pointer(entry, BYTES: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a table entry, as a pointer to integers of BYTES."""
+    dtype: tl.constexpr = (
+        tl.uint8 if BYTES == 1 else tl.int16 if BYTES == 2 else tl.int32 if BYTES == 4 else tl.int64
+    )
+    pointer = tl.load(entry).to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -276,37 +115,22 @@ def _pointer(entry, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks", "thetas", "count"])
 def batch_kernel(
-    table,
-    owners,
-    blocks: tl.int32,
-    weights,
-    thetas: tl.uint64,
-    count: tl.int32,
-    flag,
-    BASE: tl.constexpr,
-    SOURCES: tl.constexpr,
-    OUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr,
-    ADD_BASE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
-):
+    table, owners, blocks: tl.int32, weights, thetas: tl.uint64, count: tl.int32, flag,
+    SIZES: tl.constexpr, ALIGNED: tl.constexpr, CODES: tl.constexpr, WIDE: tl.constexpr,
+    ADD_BASE: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
     """Blocks of many tensors, dealt to the programs in turn.
 
     owners[b]: the table row of block b. A row: elements, number of the tensor's first block,
-    addresses of base, output and sources; all int64.
+    addresses of base, output and sources; all int64. SIZES: bytes of their elements.
     """
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        row = table + tl.load(owners + block).to(tl.int64) * (4 + len(SOURCES))
+        row = table + tl.load(owners + block).to(tl.int64) * (2 + len(CODES))
         elems = tl.load(row)
         start = (block - tl.load(row + 1)) * BLOCK
-        base = _pointer(row + 2, BASE, ALIGNED)
-        out = _pointer(row + 3, OUT, ALIGNED)
+        base, out = _pointer(row + 2, SIZES[0], ALIGNED), _pointer(row + 3, SIZES[1], ALIGNED)
         sources = ()
-        for i in tl.static_range(len(SOURCES)):
-            sources += (_pointer(row + 4 + i, SOURCES[i], ALIGNED),)  # type: ignore[assignment]
-        _merge_block(
-            base, sources, weights, thetas, count, out, flag, start, elems,
-            WIDE, ADD_BASE, BLOCK, HELD,
-        )  # fmt: skip
+        for i in tl.static_range(len(CODES) - 2):
+            sources += (_pointer(row + 4 + i, SIZES[2 + i], ALIGNED),)  # type: ignore[assignment]
+        operands, terms = (base, out, sources), (weights, thetas, count)
+        _merge_block(operands, terms, flag, start, elems, CODES, WIDE, ADD_BASE, BLOCK, HELD)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from optimer_engine.engine import extract, merge
     from optimer_engine.errors import OptimerError
     from optimer_engine.folder_sink import FolderSink
-    from optimer_engine.planner import Plan, plan
+    from optimer_engine.planner import plan
+    from optimer_engine.plans import Plan
     from optimer_engine.recipe import Recipe, Source
     from optimer_engine.report import Report
     from optimer_engine.sink import LiveModelSink, Sink
@@ -33,7 +34,7 @@ _HOME = {
     "FolderSink": "folder_sink",
     "LiveModelSink": "sink",
     "OptimerError": "errors",
-    "Plan": "planner",
+    "Plan": "plans",
     "Recipe": "recipe",
     "Report": "report",
     "Sink": "sink",

@@ -11,7 +11,6 @@ file cut meanwhile kills the process (SIGBUS), as it does every program that map
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import stat
@@ -19,17 +18,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from optimer_engine.errors import CheckpointError, quoted
+from optimer_engine.model_folder import (
+    ADAPTER,
+    MODEL,
+    VECTOR,
+    check_config,
+    kind_of,
+    read_config,
+    read_weight_map,
+)
 from optimer_engine.safetensors_format import read_header
 from optimer_engine.types import FP8, TensorInfo
-
-MODEL, VECTOR, ADAPTER = "model", "vector", "adapter_model"
-"""What a folder holds, which is also the stem of its file names; an adapter is PEFT's."""
 
 COMPANIONS = (
     "config.json",
@@ -84,6 +89,7 @@ class Checkpoint:
         self.files: list[_File] = []
         self._maps: dict[int, mmap.mmap] = {}
         self._released: dict[int, int] = {}
+        self._noted: list[str] = []
 
     @classmethod
     def open(cls, folder: str | Path, *, backend: Backend = "pread") -> Checkpoint:
@@ -96,22 +102,16 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError("no such folder", where=str(folder), todo="check the path")
-        kind = _kind_of(folder)
-        checkpoint = cls(folder, kind, _read_config(folder, kind), backend)
+        kind = kind_of(folder)
+        checkpoint = cls(folder, kind, read_config(folder, kind), backend)
         try:
             index = folder / f"{kind}.safetensors.index.json"
-            single = folder / f"{kind}.safetensors"
-            if index.exists() and single.exists():
-                raise CheckpointError(
-                    f"holds both {single.name} and {index.name}, and loaders differ in which they"
-                    " read",
-                    where=str(folder),
-                    todo="remove the stale one",
-                )
-            if index.exists():
+            if os.path.lexists(index):
                 checkpoint._open_shards(index)
             else:
-                checkpoint._add_file(single)
+                checkpoint._add_file(folder / f"{kind}.safetensors")
+            if kind == MODEL:
+                checkpoint._noted += check_config(folder, checkpoint.config, checkpoint.tensors)
             checkpoint._set_scales_apart()
         except BaseException:
             checkpoint.close()
@@ -136,35 +136,19 @@ class Checkpoint:
                 self.scales[weight.name] = info
 
     def _open_shards(self, index: Path) -> None:
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            _bad(index, "no weight_map from tensor names to file names")
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
-                _bad(index, f"{quoted(name)} is said to lie in {shard!r}, not a plain file name")
-        for shard in dict.fromkeys(sorted(weight_map.values())):
-            if not (self.folder / shard).exists():
-                link = (
-                    " (a link to a file that is not there)"
-                    if (self.folder / shard).is_symlink()
-                    else ""
-                )
-                raise CheckpointError(
-                    f"shard {shard} is missing{link}",
-                    where=str(self.folder),
-                    todo="download or copy the missing file",
-                )
+        weight_map, self._noted = read_weight_map(index)
+        for shard in sorted(set(weight_map.values())):
             self._add_file(self.folder / shard)
-        for name, info in self.tensors.items():
-            if weight_map.get(name) != self.files[info.file].path.name:
-                listed = weight_map.get(name, "nowhere")
-                _bad(
-                    index,
-                    f"{quoted(name)} lies in {self.files[info.file].path.name}, listed {listed}",
+        for name in sorted(weight_map.keys() | self.tensors.keys()):
+            info = self.tensors.get(name)
+            listed = weight_map.get(name, "nowhere")
+            lies = "nowhere" if info is None else self.files[info.file].path.name
+            if lies != listed:
+                raise CheckpointError(
+                    f"{quoted(name)} lies in {lies}, listed in {listed}",
+                    where=str(index),
+                    todo="download or save the checkpoint again",
                 )
-        absent = sorted(set(weight_map) - set(self.tensors))
-        if absent:
-            _bad(index, f"{quoted(absent[0])} is not in {weight_map[absent[0]]}")
 
     def _add_file(self, path: Path) -> None:
         # O_NONBLOCK: a FIFO must be refused, not waited for.
@@ -226,7 +210,7 @@ class Checkpoint:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was noticed while opening and not refused."""
-        return ()
+        return tuple(self._noted)
 
     def samples(self, file: int) -> Iterator[tuple[int, int]]:
         """(offset, bytes) of all that the fingerprint reads of one file."""
@@ -367,54 +351,3 @@ def _samples(info: TensorInfo) -> Iterator[tuple[int, int]]:
 def _identity(fd: int) -> tuple[int, ...]:
     found = os.fstat(fd)
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _bad(path: Path, what: str) -> NoReturn:
-    raise CheckpointError(what, where=str(path), todo="download or save the checkpoint again")
-
-
-def _kind_of(folder: Path) -> str:
-    for kind in (MODEL, VECTOR, ADAPTER):
-        for name in (f"{kind}.safetensors", f"{kind}.safetensors.index.json"):
-            if (folder / name).exists() or (folder / name).is_symlink():
-                return kind
-    pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-    if pickles:
-        raise CheckpointError(
-            f"holds {pickles[0].name}, a pickle, and no safetensors file",
-            where=str(folder),
-            todo="save the model with Transformers' save_pretrained and merge that",
-        )
-    raise CheckpointError(
-        "no model.safetensors, no model.safetensors.index.json and no vector in this folder",
-        where=str(folder),
-        todo="name a folder written by save_pretrained or `optimer extract`",
-    )
-
-
-def _read_config(folder: Path, kind: str) -> dict[str, Any]:
-    path = folder / ("adapter_config.json" if kind == ADAPTER else "config.json")
-    if path.exists():
-        return _read_json(path)
-    if kind != VECTOR:
-        raise CheckpointError(
-            f"{path.name} is missing", where=str(folder), todo="copy it from the original model"
-        )
-    return {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            _bad(path, f"key {quoted(twice)!r} stands twice")
-        return dict(pairs)
-
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        _bad(path, f"is not readable JSON: {error}")
-    if not isinstance(data, dict):
-        _bad(path, "is not a JSON object")
-    return data

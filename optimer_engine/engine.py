@@ -1,52 +1,26 @@
-"""Run a plan: the only home of threads.
-
-Every worker thread does the whole of a tile: read its operands into buffers of its own that are
-reused for ever, run the fused kernel, hand the result to the sink. Reading, arithmetic and writing
-release the GIL, so the threads overlap them with no queues between stages, and memory is threads x
-operands x tile whatever the size of model, shard or tensor.
-
-A run is a *job*. Methods that need statistics of a whole tensor make passes over its tiles before
-they merge; while the last tiles of a pass are under way, the other threads start the next job.
-"""
+"""Merge and extract: plan, run into a sink, report. The threads are in `execution`."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from optimer_engine import methods, ops
+from optimer_engine import ops
 from optimer_engine.checkpoint import Backend
-from optimer_engine.downloads import Downloads
-from optimer_engine.errors import MismatchError, NonFiniteError, quoted
-from optimer_engine.events import Advanced, Callback, Downloaded, Event, Finished, Started
+from optimer_engine.events import Callback, Finished, Started
+from optimer_engine.execution import Execution
 from optimer_engine.folder_sink import FolderSink
-from optimer_engine.kept import Kept
-from optimer_engine.methods.protocol import Pass, Statistics
-from optimer_engine.operands import Stored
-from optimer_engine.planner import MEM_LIMIT, Plan, plan, plan_difference
+from optimer_engine.planner import plan, plan_difference
+from optimer_engine.plans import MEM_LIMIT, Plan
 from optimer_engine.recipe import Recipe, fingerprint
 from optimer_engine.report import Report, peak_mem_bytes, versions
-from optimer_engine.runs import DIFFERENCE, Run
+from optimer_engine.runs import DIFFERENCE
 from optimer_engine.sink import Sink
-from optimer_engine.types import DType
 
 if TYPE_CHECKING:
     from optimer_engine.mergekit import MergekitConfig
-
-SETTLE_EVERY_S = 0.01
-
-SLOW_BYTES_PER_S = 1e9
-"""Of one thread's reading: the page cache gives several times as much, a disk less."""
-SAMPLED_BYTES = 64 << 20
-
-COPY_BYTES = 16 << 20
-"""Unchanged tensors are copied from file to file in pieces of this size."""
 
 
 def merge(
@@ -143,7 +117,7 @@ def run(
         OutputError: from the sink. On any error the sink is aborted.
     """
     started = time.perf_counter()
-    execution = _Execution(made, sink, callbacks, ops.linear_kernel(impl))
+    execution = Execution(made, sink, callbacks, ops.linear_kernel(impl))
     try:
         sink.open(made)
         execution.emit(Started(made.out_bytes))
@@ -160,312 +134,12 @@ def run(
     return report
 
 
-class _Job:
-    """One run on its way through its passes and the merge; guarded by the execution's lock.
-
-    Attributes:
-        number: of the run among those that are to be made.
-        step: elements per tile.
-        wanted: the pass under way; None when it is the merge. `state`: what the passes found.
-    """
-
-    def __init__(self, number: int, run: Run, tile_bytes: int, copies: bool) -> None:
-        self.number, self.run, self.method = number, run, run.method
-        self.wanted: Pass | None = None
-        self.state: Any = None
-        self.steps: Statistics | None = None
-        self.copied = copies and run.copied and not run.sources and isinstance(run.base, Stored)
-        self.step = run.tile_elems(COPY_BYTES if self.copied else tile_bytes)
-        if self.method is not None:
-            self.steps = self.method.statistics(run.recipe)
-            self._advance(None)
-        else:
-            self._begin()
-
-    def _advance(self, result: Any) -> None:
-        assert self.steps is not None
-        try:
-            self.wanted = self.steps.send(result)
-        except StopIteration as end:
-            self.wanted, self.state = None, end.value
-        self._begin()
-
-    def _begin(self) -> None:
-        self.cursor, self.unfinished = 0, self.run.elems
-        self.accumulators: dict[int, Any] = {}
-
-    def take(self) -> tuple[int, int] | None:
-        """The next tile of the current pass, as start and stop; None when all are given out."""
-        if self.cursor >= self.run.elems:
-            return None
-        start = self.cursor
-        self.cursor = min(start + self.step, self.run.elems)
-        return start, self.cursor
-
-    def accumulator(self) -> Any:
-        """This thread's, of the pass under way."""
-        assert self.wanted is not None
-        mine = threading.get_ident()
-        if mine not in self.accumulators:
-            self.accumulators[mine] = self.wanted.start()
-        return self.accumulators[mine]
-
-    def finish(self, start: int, stop: int) -> bool:
-        """A tile is done; True when it was the last one of the merge."""
-        self.unfinished -= stop - start
-        if self.unfinished or self.wanted is None:
-            return self.unfinished == 0
-        self._advance(self.wanted.finish(list(self.accumulators.values())))
-        return False
-
-
-class _Execution:
-    """The state that the worker threads of one run share."""
-
-    def __init__(
-        self, made: Plan, sink: Sink, callbacks: Sequence[Callback], kernel: ops.Kernel
-    ) -> None:
-        self.plan, self.sink, self.callbacks, self.kernel = made, sink, callbacks, kernel
-        self.bytes_read = 0
-        self.read_s = 0.0
-        self.slow = self.drained = False
-        self.kept = Kept()
-        self.changed = threading.Condition()
-        self.stop = threading.Event()
-        self.runs: Iterator[tuple[int, Run]] = iter(())
-        self.downloads: Downloads
-        self.jobs: list[_Job] = []
-
-    def begin(self) -> Downloads:
-        """Leave out the runs that an earlier run made; the downloads for the others."""
-        runs = []
-        for run in self.plan.runs():
-            if self.sink.has(run, 0, run.elems):
-                self.emit(Advanced(run.elems * run.out.dtype.itemsize))
-            else:
-                runs.append(run)
-        self.runs = iter(enumerate(runs))
-        self.downloads = Downloads(
-            [run.reads for run in runs],
-            limit_bytes=self.plan.disk_limit,
-            folder=self.sink.scratch(),
-            arrived=self._arrived,
-        )
-        return self.downloads
-
-    def _arrived(self, name: str, count: int) -> None:
-        with self.changed:
-            self.emit(Downloaded(name, count))
-
-    def emit(self, event: Event) -> None:
-        for callback in self.callbacks:
-            callback(event)
-
-    def run(self) -> None:
-        count, spare = self.plan.threads, self.plan.spare_threads
-        with ThreadPoolExecutor(count + spare + 1, thread_name_prefix="merge") as pool:
-            settler = pool.submit(self._settle)
-            workers = [pool.submit(self._work) for _ in range(count)]
-            workers += [pool.submit(self._help) for _ in range(spare)]
-            try:
-                for worker in workers:
-                    worker.result()
-            finally:
-                self._halt()
-            settler.result()
-
-    def _halt(self) -> None:
-        self.stop.set()
-        self.downloads.stop()
-        with self.changed:
-            self.changed.notify_all()
-
-    def _help(self) -> None:
-        """Work too, once the inputs have turned out to be slow: more reads at once then pay."""
-        with self.changed:
-            while not (self.slow or self.drained or self.stop.is_set()):
-                self.changed.wait()
-        self._work()
-
-    def _settle(self) -> None:
-        """Let the sink settle what is written, beside the workers."""
-        try:
-            while not self.stop.wait(SETTLE_EVERY_S):
-                self.sink.settle()
-        finally:
-            self._halt()
-
-    def _take(self) -> tuple[_Job, int, int] | None:
-        """The next tile: of the oldest job that has one ready, else of the next run."""
-        with self.changed:
-            while not self.stop.is_set():
-                for job in self.jobs:
-                    if tile := job.take():
-                        return job, *tile
-                if following := next(self.runs, None):
-                    self.jobs.append(_Job(*following, self.plan.tile_bytes, self.sink.copies))
-                elif any(job.wanted for job in self.jobs):
-                    self.changed.wait()  # for the end of a pass, which makes its job ready again
-                else:
-                    self.drained = True
-                    self.changed.notify_all()
-                    return None
-        return None
-
-    def _work(self) -> None:
-        # Rows are skewed by one cache line, or equal offsets would compete for the same cache sets.
-        ring = np.empty(self.plan.ring_shape, np.uint8)
-        try:
-            while taken := self._take():
-                job, start, stop = taken
-                if not self.downloads.need(job.number):
-                    return
-                read_bytes, out_bytes = self._do(job, start, stop, ring)
-                with self.changed:
-                    self.bytes_read += read_bytes
-                    over = job.finish(start, stop)
-                    if over:
-                        self.jobs.remove(job)
-                    self.changed.notify_all()
-                    if out_bytes:
-                        self.emit(Advanced(out_bytes))
-                if over:
-                    self.downloads.done(job.number)
-        except BaseException:
-            self._halt()
-            raise
-
-    def _note_speed(self, took_s: float) -> None:
-        with self.changed:
-            self.read_s += took_s
-            if self.bytes_read > SAMPLED_BYTES and not self.slow:
-                self.slow = self.bytes_read < SLOW_BYTES_PER_S * self.read_s
-                if self.slow:
-                    self.changed.notify_all()
-
-    def _do(self, job: _Job, start: int, stop: int, ring: np.ndarray) -> tuple[int, int]:
-        """One tile of a pass or of the merge: (bytes read, bytes of output done)."""
-        run = job.run
-        out_bytes = 0 if job.wanted else (stop - start) * run.out.dtype.itemsize
-        if out_bytes and self.sink.has(run, start, stop):
-            return 0, out_bytes
-        if job.copied:
-            base = run.base
-            assert isinstance(base, Stored)
-            fd = base.checkpoint.files[base.file].fd
-            self.sink.copy_run(run, start, stop, fd, base.offset + start * base.dtype.itemsize)
-            return out_bytes, out_bytes
-        begun = time.perf_counter()
-        tiles = _read(run, start, stop, ring)
-        read_bytes = sum(tile.nbytes for tile in tiles)
-        self._note_speed(time.perf_counter() - begun)
-        if run.copied:
-            for (number, _), tile in zip(run.sources, tiles[1:], strict=True):
-                if not np.array_equal(tiles[0], tile):
-                    self._refuse_unequal(run, start, stop, number)
-            self.sink.write_run(run, start, tiles[0])
-            return read_bytes, out_bytes
-        out = _row(ring[-1], stop - start, run.out.dtype)
-        computed = out if run.computed is run.out.dtype else _row(ring[-2], stop - start, DType.F32)
-        if job.method is None:
-            bad = self._linear(run, tiles, computed)
-        else:
-            operands = [
-                methods.Operand(tile, operand.dtype, operand.is_delta)
-                for tile, operand in zip(tiles, run.operands, strict=True)
-            ]
-            base_operand = operands.pop(0) if run.base is not None else None
-            cut = methods.Tile(run.recipe, start, stop, base_operand, tuple(operands))
-            if job.wanted:
-                with self.changed:
-                    accumulator = job.accumulator()
-                job.wanted.map(cut, accumulator)
-                return read_bytes, 0
-            bad = job.method.merge(cut, job.state, computed)
-        if computed is not out:
-            from optimer_engine.methods.sparse import stream as random_stream
-
-            for info, first, low, high in run.parts(start, stop):
-                part = slice(low - start, high - start)
-                key = random_stream(self.plan.rounding_seed or 0, "rounding", info.name)
-                bad |= ops.round_stochastically(computed[part], out[part], first, key)
-        if bad:
-            self._refuse_nonfinite(run, start, stop, tiles)
-        if job.method is None and run.treatment.method != DIFFERENCE:
-            self.kept.add(run, start, tiles, out)
-        self.sink.write_run(run, start, out)
-        return read_bytes, out_bytes
-
-    def _linear(self, run: Run, tiles: list[np.ndarray], out: np.ndarray) -> bool:
-        assert run.base is not None
-        weights = run.treatment.weights
-        return self.kernel(
-            tiles[0],
-            run.base.dtype,
-            tiles[1:],
-            [operand.dtype for _, operand in run.sources],
-            [operand.is_delta for _, operand in run.sources],
-            [weights[number] for number, _ in run.sources],
-            out,
-            run.computed,
-            run.treatment.method != DIFFERENCE,
-        )
-
-    def _name(self, run: Run, number: int) -> str:
-        return f"source {self.plan.names[run.treatment.checkpoints[number + 1]]!r}"
-
-    def _refuse_unequal(self, run: Run, start: int, stop: int, number: int) -> NoReturn:
-        names = ", ".join(quoted(info.name) for info, *_ in run.parts(start, stop))
-        raise MismatchError(
-            f"{names} is {run.out.dtype.code} and differs from the base's; only floating-point"
-            " tensors can be merged",
-            where=self._name(run, number),
-            todo="use sources whose other tensors equal the base's",
-        )
-
-    def _refuse_nonfinite(
-        self, run: Run, start: int, stop: int, tiles: list[np.ndarray]
-    ) -> NoReturn:
-        names = [] if run.base is None else ["base"]
-        names += [self._name(run, number) for number, _ in run.sources]
-        for name, operand, values in zip(names, run.operands, tiles, strict=True):
-            for info, first, low, high in run.parts(start, stop):
-                bad = ops.nonfinite(values[low - start : high - start], operand.dtype)
-                if bad.any():
-                    raise NonFiniteError(
-                        f"{quoted(info.name)} holds NaN or infinity: first at element"
-                        f" {first + int(bad.argmax())}, {np.count_nonzero(bad)} in this tile;"
-                        " finite numbers expected",
-                        where=name,
-                        todo="repair or leave out this source",
-                    )
-        tensors = ", ".join(quoted(info.name) for info, *_ in run.parts(start, stop))
-        raise NonFiniteError(
-            f"{tensors}: the merged values are too large for {run.out.dtype.torch_name}",
-            where="output",
-            todo="use smaller weights or out_dtype: float32",
-        )
-
-
-def _row(buffer: np.ndarray, elems: int, dtype: DType) -> np.ndarray:
-    return buffer[: elems * dtype.itemsize].view(dtype.storage)
-
-
-def _read(run: Run, start: int, stop: int, ring: np.ndarray) -> list[np.ndarray]:
-    """The tile of every operand, the base first."""
-    tiles: list[np.ndarray] = []
-    for operand, buffer in zip(run.operands, ring, strict=False):
-        base = tiles[0] if tiles and run.base is not None else None
-        tiles.append(operand.read(start, stop, buffer, base))
-    return tiles
-
-
 def _operation(made: Plan) -> str:
     used = sorted({treatment.method for treatment in made.treatments})
     return "base + sum_i w_i * tau_i" if used == ["task_arithmetic"] else ", ".join(used)
 
 
-def _report(made: Plan, execution: _Execution, wall_s: float) -> Report:
+def _report(made: Plan, execution: Execution, wall_s: float) -> Report:
     extracted = any(treatment.method == DIFFERENCE for treatment in made.treatments)
     read = made.read_checkpoints.items()
     return Report(

@@ -10,7 +10,7 @@ import numpy as np
 
 from optimer_engine.checkpoint import Checkpoint
 from optimer_engine.downloads import needs
-from optimer_engine.planner import Plan
+from optimer_engine.plans import Plan
 from optimer_engine.runs import DIFFERENCE, JOINED, Run, Treatment
 
 SAMPLE_BYTES = 4 << 20

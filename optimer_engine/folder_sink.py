@@ -22,7 +22,7 @@ import xxhash
 from optimer_engine import durable
 from optimer_engine.checkpoint import COMPANIONS, MODEL
 from optimer_engine.errors import CheckpointError, OptimerError, OutputError, RecipeError
-from optimer_engine.planner import Plan
+from optimer_engine.plans import Plan
 from optimer_engine.recipe import fingerprint
 from optimer_engine.report import Report
 from optimer_engine.runs import Run

@@ -11,7 +11,7 @@ import numpy as np
 
 from optimer_engine import ops
 from optimer_engine.engine import run
-from optimer_engine.planner import Plan
+from optimer_engine.plans import Plan
 from optimer_engine.sink import Sink
 from optimer_engine.types import TensorInfo
 

@@ -183,7 +183,7 @@ class HubCheckpoint(Checkpoint):
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know about the repository."""
-        return self.snapshot.notes
+        return (*self.snapshot.notes, *super().notes)
 
     def close(self) -> None:
         """Close the files and remove the blanks."""

@@ -28,6 +28,9 @@ from optimer_engine.errors import CheckpointError, quoted
 from optimer_engine.types import DTYPE_OF_CODE, TensorInfo
 
 MAX_HEADER_BYTES = 16_000_000
+MAX_CAREFUL_BYTES = 4_000_000
+"""Of a header that is not in the plain form that all writers use."""
+MAX_METADATA_BYTES = 1_000_000
 MAX_TENSORS = 200_000
 MAX_RANK = 32
 MAX_NAME_BYTES = 1024
@@ -73,7 +76,8 @@ def read_header(fd: int, path: Path, file: int) -> tuple[dict[str, TensorInfo], 
         _refuse(path, "__metadata__ is not a map from text to text")
     if len(header) > MAX_TENSORS:
         _refuse(path, f"{len(header)} tensors, at most {MAX_TENSORS} expected")
-    tensors = {name: _entry(name, entry, path, file, 8 + length) for name, entry in header.items()}
+    names = list(header)
+    tensors = {name: _entry(name, header.pop(name), path, file, 8 + length) for name in names}
     _check_coverage(tensors.values(), path, 8 + length, size)
     return tensors, metadata
 
@@ -88,8 +92,11 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     data_offsets: list[int]
 
 
-_METADATA = re.compile(rb'\{"__metadata__":(\{[^{}\\]*\})(?:,(?=")|(?=\}))')
+_METADATA = re.compile(
+    rb'\{"__metadata__":(\{(?:[^{}"]++|"(?:[^"\\]++|\\.)*+")*+\})(?:,(?=")|(?=\}))', re.DOTALL
+)
 _FIELDS = (b'"dtype"', b'"shape"', b'"data_offsets"')
+_MINUS_ZERO = re.compile(rb"[\[,:\s]-0")
 _entries = msgspec.json.Decoder(dict[str, _Entry])
 
 
@@ -103,27 +110,54 @@ def _decode(raw: bytes, path: Path) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         _refuse(path, f"the header begins with {raw[:1]!r}, not with '{{'")
     found = _METADATA.match(raw)
+    if found and len(found[1]) > MAX_METADATA_BYTES:
+        _refuse(
+            path, f"__metadata__ of {len(found[1])} bytes, at most {MAX_METADATA_BYTES} expected"
+        )
     text = b"{" + raw[found.end() :] if found else raw
-    hidden = b"\\" in raw or b"__metadata__" in text or re.search(rb"[\[,:\s]-0", text)
-    if not hidden and text.rstrip(b" ").endswith(b"}"):
+    _check_amount(text, path)
+    hidden = b"\\" in text or b"__metadata__" in text
+    hidden |= b"-0" in text and _MINUS_ZERO.search(text) is not None
+    problem = "a name stands twice, or is spelled with escapes"
+    if not hidden and not text[text.rfind(b"}") + 1 :].strip(b" "):
         try:
             header: dict[str, Any] = dict(_entries.decode(text))
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            return _decode_carefully(raw, path)
-        if all(text.count(name) == len(header) for name in _FIELDS):
-            if found:
-                header["__metadata__"] = _decode_carefully(found[1], path)
-            return header
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            problem = quoted(error)[:200]
+        else:
+            if all(text.count(name) == len(header) for name in _FIELDS):
+                if found:
+                    header["__metadata__"] = _decode_carefully(found[1], path)
+                return header
+    if len(raw) > MAX_CAREFUL_BYTES:
+        _refuse(path, f"the header of {len(raw)} bytes is not in the usual form: {problem}")
     return _decode_carefully(raw, path)
+
+
+def _check_amount(text: bytes, path: Path) -> None:
+    """Refuse a header whose decoded form would be out of all proportion, without decoding it."""
+    if len(text) < 100_000:
+        return
+    tensors = text.count(b'"dtype"')
+    if tensors > MAX_TENSORS:
+        _refuse(path, f"{tensors} tensors, at most {MAX_TENSORS} expected")
+    for mark, per_tensor, spare in ((b":", 4, 20_000), (b",", 16, 50_000), (b"[", 2, 1_000)):
+        count, most = text.count(mark), per_tensor * tensors + spare
+        if count > most:
+            _refuse(
+                path,
+                f"{count} times {mark.decode()!r} in the header, at most {most} expected for"
+                f" {tensors} tensors",
+            )
 
 
 def _decode_carefully(raw: bytes, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            _refuse(path, f"{quoted(twice)!r} stands twice in the header")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                _refuse(path, f"{quoted(name)!r} stands twice in the header")
+            found[name] = value
         for text in (*found, *found.values()):
             if isinstance(text, str) and not _is_unicode(text):
                 _refuse(path, f"{quoted(text)!r} in the header holds half a character")

@@ -17,7 +17,7 @@ import numpy as np
 
 from optimer_engine import ops
 from optimer_engine.errors import MismatchError, quoted
-from optimer_engine.planner import Plan
+from optimer_engine.plans import Plan
 from optimer_engine.runs import Run
 from optimer_engine.types import TensorInfo
 

@@ -7,7 +7,7 @@ Every output carries the hashes of its files in report.json, so damage is found 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,8 @@ from optimer_engine.engine import run
 from optimer_engine.errors import CheckpointError
 from optimer_engine.events import Callback
 from optimer_engine.journal import damage, sha256_of
-from optimer_engine.planner import Plan, plan, plan_difference
+from optimer_engine.planner import plan, plan_difference
+from optimer_engine.plans import Plan
 from optimer_engine.recipe import Recipe, decode
 from optimer_engine.report import Report
 from optimer_engine.runs import Run
@@ -59,11 +60,12 @@ def verify_output(
     Checkpoint.open(out).close()
     recomputed = 0
     if full:
-        made = _plan_again(report, out)
-        try:
-            recomputed = run(made, _Compare(out), callbacks=callbacks).bytes_written
-        finally:
-            made.close()
+        with Checkpoint.open(out) as published:
+            made = _plan_again(report, out, published.metadata)
+            try:
+                recomputed = run(made, _Compare(published), callbacks=callbacks).bytes_written
+            finally:
+                made.close()
     return {"files": len(report.files), "bytes": total, "recomputed": recomputed}
 
 
@@ -92,11 +94,10 @@ def _sha256_problem(path: Path, report: Report) -> str:
     return "" if found == published else f"sha256 is {found}, {published} was published"
 
 
-def _plan_again(report: Report, out: Path) -> Plan:
+def _plan_again(report: Report, out: Path, metadata: Mapping[str, str]) -> Plan:
     if report.operation == "trained - base":
         recipe = decode(report.recipe, Recipe, str(out / "report.json"))
         assert recipe.out_dtype is not None
-        metadata = Checkpoint.open(out).metadata
         trained = recipe.sources[0]
         return plan_difference(
             _at(recipe.base, recipe.base_revision),
@@ -114,12 +115,11 @@ def _at(model: str, revision: str | None) -> str:
 class _Compare(Sink):
     """Compares tiles with the bytes of a folder that should hold them already."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, published: Checkpoint) -> None:
+        self.published, self.out = published, published.folder
 
     def open(self, plan: Plan) -> None:
         """Raises CheckpointError when the sources now lead to another layout."""
-        self.published = Checkpoint.open(self.out)
         names = [file.path.name for file in self.published.files]
         if names != [shard.name for shard in plan.shards]:
             raise CheckpointError(

@@ -95,7 +95,7 @@ def _measure(
     from optimer_engine.inspection import findings
     from optimer_engine.inspection.measure import Pool, measure
     from optimer_engine.inspection.report import as_data
-    from optimer_engine.planner import available_cores
+    from optimer_engine.plans import available_cores
 
     pool = Pool(opened, against)
     with tqdm(desc="inspect", total=pool.elems, unit_scale=True, delay=2.0, leave=False) as bar:

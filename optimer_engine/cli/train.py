@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from optimer_engine.cli.output import emit, json_option
 from optimer_engine.errors import RecipeError
+
+if TYPE_CHECKING:
+    from optimer_engine.train import PoolRun, TrainConfig, TrainReport
 
 
 @click.command(name="train")
@@ -24,7 +28,7 @@ from optimer_engine.errors import RecipeError
 )
 @click.option("--ratio", multiple=True, metavar="NAME=SHARE", help="Of a mixture; default equal.")
 @click.option("--text-field", metavar="FIELD", help="Column with the text; default: text.")
-@click.option("--tokens", metavar="N", help="Budget, such as 1e8 or 100M.")
+@click.option("--tokens", metavar="N", help="Budget, such as 1e8 or 100M; of a pool, per dataset.")
 @click.option("--block-size", type=int, help="Tokens in a sequence; default 1024.")
 @click.option("--batch-size", type=int, help="Sequences per device and pass; default 8.")
 @click.option("--gradient-accumulation", type=int, help="Passes per step; default 1.")
@@ -39,12 +43,41 @@ from optimer_engine.errors import RecipeError
     default=None,
     help="Recompute activations to save memory.",
 )
+@click.option("--mode", help="full, frozen_embeddings or lora; default full.")
+@click.option("--heldout", type=float, metavar="SHARE", help="Of documents, scored, not trained.")
+@click.option(
+    "--separate-documents/--join-documents",
+    default=None,
+    help="Keep attention inside each document of a sequence.",
+)
 @click.option("--save-every", type=int, metavar="STEPS", help="Checkpoint interval; default 500.")
+@click.option(
+    "--keep-checkpoints/--drop-checkpoints",
+    default=None,
+    help="Keep the weights of every checkpoint in OUT/trajectory.",
+)
 @click.option("--save-dtype", metavar="DTYPE", help="Of the trained model.")
+@click.option(
+    "--keep-model/--drop-model", default=None, help="Keep the trained model beside its vector."
+)
 @click.option(
     "--vector/--no-vector",
     default=None,
     help="Write the distribution vector; default: for one dataset.",
+)
+@click.option("--vector-mode", metavar="MODE", help="float32, exact, bf16, int8 or int4.")
+@click.option("--cache", metavar="FOLDER", help="Packed tokens; runs may share it.")
+@click.option("--pool", metavar="FOLDER", help="A run per dataset; the vectors go into this pool.")
+@click.option("--only", multiple=True, metavar="NAME", help="Of a pool, train this dataset.")
+@click.option("--job", metavar="I/N", help="Of a pool, train the I-th of N shares of datasets.")
+@click.option(
+    "--mixture", is_flag=True, help="Of a pool's datasets, train their mixture, at the same cost."
+)
+@click.option(
+    "--ratios-from",
+    metavar="SEARCH",
+    type=click.Path(path_type=Path),
+    help="Train the mixture at the ratios of the best weights in this search's folder.",
 )
 @click.option("--resume/--no-resume", default=True, help="Continue a run begun in OUT (default).")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Run folder.")
@@ -54,30 +87,71 @@ def command(
     data: tuple[str, ...],
     ratio: tuple[str, ...],
     text_field: str | None,
+    only: tuple[str, ...],
+    job: str | None,
+    mixture: bool,
+    ratios_from: Path | None,
     out: Path,
     resume: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Continue pre-training a base on one dataset, or on a mixture of several.
+    """Continue pre-training a base: on one dataset, on a mixture, or on each of a pool.
 
     One dataset ends in OUT/model and its distribution vector OUT/vector; several make the
-    data-mixture baseline. Settings come from the YAML file CONFIG, from options, or from both;
-    options win. The same command continues a run that was interrupted.
+    data-mixture baseline; with a pool folder each ends in a vector there. Settings come from the
+    YAML file CONFIG, from options, or from both; options win. The same command continues what was
+    interrupted and skips what is done. torchrun and accelerate launch start it on several GPUs.
 
     \b
     Examples:
       optimer train --base org/base --data 'ja=texts/ja/*.jsonl' --tokens 100M -o runs/ja
-      optimer train --base org/base --data ja=ja.txt --data math=math.parquet \\
-          --ratio ja=0.7 --ratio math=0.3 --tokens 100M -o runs/mixture
       optimer train train.yaml --seed 1 -o runs/ja-1
+      optimer train pool.yaml -o runs                       # with `pool: FOLDER` in the file
+      optimer train pool.yaml --mixture -o runs/uniform
+      optimer train pool.yaml --ratios-from searches/all -o runs/retrained
+      torchrun --nproc-per-node 8 $(command -v optimer) train train.yaml -o runs/ja
     """
+    from optimer_engine.train import mixture_config, run_cpt, train_pool, with_ratios_from
+
+    wanted = _config(config, data, ratio, text_field, flags)
+    first = os.environ.get("RANK", "0") == "0"  # launchers number the processes they start
+    if wanted.pool is not None and not (mixture or ratios_from):
+        runs = train_pool(
+            wanted, out, only=only, job=job, resume=resume, progress=True,
+            said=None if as_json else lambda run: click.echo(_pool_line(run)),
+        )  # fmt: skip
+        if first and as_json:
+            emit({"runs": msgspec.to_builtins(runs)}, "", as_json)
+        return
+    if only or job:
+        raise RecipeError(
+            "is for the datasets of a pool", where="--only, --job", todo="add --pool FOLDER"
+        )
+    wanted = mixture_config(wanted)
+    if ratios_from is not None:
+        if ratio:
+            raise RecipeError("give --ratio or --ratios-from, not both", where="train")
+        wanted = with_ratios_from(wanted, ratios_from)
+    report = run_cpt(wanted, out, resume=resume, progress=True)
+    if first:
+        emit(msgspec.to_builtins(report), _text(report, out), as_json)
+
+
+def _config(
+    path: Path | None,
+    data: tuple[str, ...],
+    ratio: tuple[str, ...],
+    text_field: str | None,
+    flags: dict[str, Any],
+) -> TrainConfig:
+    """The file's settings with the options over them."""
     from optimer_engine.recipe import decode, read_config
-    from optimer_engine.train import TrainConfig, run_cpt
+    from optimer_engine.train import TrainConfig
 
     settings: dict[str, Any] = {}
-    if config is not None:
-        settings = msgspec.to_builtins(read_config(config, TrainConfig))
+    if path is not None:
+        settings = msgspec.to_builtins(read_config(path, TrainConfig))
     settings |= {key: value for key, value in flags.items() if value is not None}
     if data:
         settings["datasets"] = _datasets(data)
@@ -93,20 +167,39 @@ def command(
                 where="train",
                 todo=f"add {option}, or a configuration file that has it",
             )
-    wanted = decode(settings, TrainConfig, str(config) if config else "train")
-    report = run_cpt(wanted, out, resume=resume, progress=True)
+    return decode(settings, TrainConfig, str(path) if path else "train")
+
+
+def _pool_line(run: PoolRun) -> str:
+    if run.report is None:
+        return f"{run.name}: done before, {run.vector}"
+    report = run.report
+    return (
+        f"{run.name}: {report.tokens} tokens in {report.seconds:.1f} s, final loss"
+        f" {report.final_loss:.4f}, {run.vector}"
+    )
+
+
+def _text(report: TrainReport, out: Path) -> str:
     lines = [
         f"{out}: {report.tokens} tokens in {report.steps} steps, {report.seconds:.1f} s"
         f" ({report.tokens_per_s:,.0f} tokens/s, {report.precision} on {report.device}),"
         f" final loss {report.final_loss:.4f}, about {report.final_bits_per_byte:.3f} bits/byte"
     ]
-    lines += [
-        f"  {part.name}: {part.blocks} blocks of {part.packed.block_size} tokens,"
-        f" {part.epochs:.2f} epochs; {part.packed.tail_tokens} tokens at its end left out"
-        for part in report.datasets
-    ]
-    lines.append(f"  model {report.model}" + (f", vector {report.vector}" if report.vector else ""))
-    emit(msgspec.to_builtins(report), "\n".join(lines), as_json)
+    for part in report.datasets:
+        lines.append(
+            f"  {part.name}: {part.blocks} blocks of {part.packed.block_size} tokens,"
+            f" {part.epochs:.2f} epochs; {part.packed.tail_tokens} tokens at its end left out"
+        )
+        if scores := part.heldout_bits_per_byte:
+            said = ", ".join(f"{which} {value:.4f}" for which, value in scores.items())
+            lines.append(f"  {part.name}, held out: {said} bits/byte")
+    if origin := report.config.ratios_from:
+        ratios = ", ".join(f"{part.name} {part.ratio:.3f}" for part in report.datasets)
+        lines.append(f"  ratios {ratios}: {origin.rule}")
+    made = {"model": report.model, "vector": report.vector}
+    lines.append("  " + ", ".join(f"{what} {where}" for what, where in made.items() if where))
+    return "\n".join(lines)
 
 
 def _pairs(option: str, texts: tuple[str, ...]) -> list[tuple[str, str]]:

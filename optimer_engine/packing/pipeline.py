@@ -37,7 +37,7 @@ from optimer_engine.packing.encode import (
 )
 from optimer_engine.packing.lowrank import MIN_TOLERANCE, Spill, factored, native
 from optimer_engine.packing.store import OutFolder, PartsFile
-from optimer_engine.planner import available_cores
+from optimer_engine.plans import available_cores
 from optimer_engine.recipe import Recipe, Source
 from optimer_engine.report import Report, peak_mem_bytes, versions
 from optimer_engine.types import DType, TensorInfo, parse_bytes

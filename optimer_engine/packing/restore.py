@@ -20,7 +20,7 @@ from optimer_engine.folder_sink import FolderSink
 from optimer_engine.hub import locate
 from optimer_engine.layout import lay_out
 from optimer_engine.operands import Operand, Stored
-from optimer_engine.planner import TILE_BYTES, Plan, available_cores
+from optimer_engine.plans import TILE_BYTES, Plan, available_cores
 from optimer_engine.recipe import Recipe, Source
 from optimer_engine.report import Report
 from optimer_engine.runs import Row, Treatment

@@ -202,10 +202,12 @@ def _fetch(repo: str, head: str | None, entry: Entry, base_fingerprint: str, fol
 
 def _remote_manifest(repo: str, head: str | None) -> Manifest | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return read_manifest(Path(hf_hub_download(repo, MANIFEST, revision=head)))
+    except LocalEntryNotFoundError:  # no connection, which says nothing about the repository
+        raise
     except EntryNotFoundError:
         return None
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from optimer_engine import ops
-from optimer_engine.planner import Plan
+from optimer_engine.plans import Plan
 from optimer_engine.search.corpus import CorpusObjective
 from optimer_engine.search.space import Space
 from optimer_engine.sink import LiveModelSink

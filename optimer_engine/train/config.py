@@ -158,7 +158,6 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "tokens", token_count(self.tokens))
-        self._check_result()
         names = [dataset.name for dataset in self.datasets]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RecipeError(
@@ -177,8 +176,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if given and not (math.isfinite(sum(given)) and sum(given) > 0):
             raise RecipeError(f"ratios {given} have no positive, finite sum", where="datasets")
 
-    def _check_result(self) -> None:
-        """Refuse settings of the result that exclude each other."""
+    def check_result(self) -> None:
+        """Refuse settings of a run's result that exclude each other.
+
+        Raises:
+            RecipeError: with the setting to change.
+        """
         lora = self.mode == "lora"
         if self.lora and not lora:
             raise RecipeError(f"mode is {self.mode}", where="lora", todo="set mode: lora")
@@ -187,7 +190,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "an adapter is the result of a LoRA run, as it is", where="mode: lora",
                 todo="leave out vector and vector_mode",
             )  # fmt: skip
-        if not (self.keep_model or lora or self.makes_vector or self.pool):
+        if not (self.keep_model or lora or self.makes_vector):
             raise RecipeError(
                 "nothing would be left of the run", where="keep_model",
                 todo="set vector: true, or leave out keep_model",

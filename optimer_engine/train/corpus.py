@@ -179,20 +179,20 @@ def _corpus(config: DatasetConfig, files: list[Path], kind: str) -> Corpus:
 
 
 def _hash_file(path: Path) -> str:
-    found = path.stat()
-    return _hash(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
+    try:
+        found = path.stat()
+        return _hash(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
 @lru_cache(maxsize=65536)
 def _hash(path: Path, *_identity: int) -> str:
     """Each file is read once, though a pool asks several times."""
     digest = xxhash.xxh3_128()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    except OSError as error:
-        raise RecipeError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     return digest.hexdigest()
 
 

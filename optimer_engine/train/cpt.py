@@ -83,6 +83,7 @@ def run_cpt(
                 f"{library} is not installed", todo="pip install 'optimer-engine[train]'"
             )
     config, out = checked(config), Path(out)
+    config.check_result()
     base = find_base(config.base, config.base_revision)
 
     from optimer_engine.train.trainer import quiet_libraries, training_arguments

@@ -128,7 +128,8 @@ def mixture_config(config: TrainConfig) -> TrainConfig:
     """The data-mixture run that costs what the pool costs: as many tokens as all its runs."""
     assert isinstance(config.tokens, int)
     tokens = config.tokens * len(config.datasets) if config.pool is not None else config.tokens
-    return msgspec.structs.replace(config, tokens=tokens, pool=None)
+    keep_model = config.keep_model or not config.vector  # a mixture has no vector by default
+    return msgspec.structs.replace(config, tokens=tokens, pool=None, keep_model=keep_model)
 
 
 def _shared(names: list[str], only: Iterable[str], job: str | None) -> list[str]:
@@ -163,7 +164,7 @@ def _look(config: TrainConfig, pool: Path, names: list[str], processes: int) -> 
             raise RecipeError(
                 f"there is a vector {name!r} of another run: other settings, base or text",
                 where=str(pool),
-                todo=f"choose another pool, or take it out with `optimer pool remove {pool} {name}`",
+                todo=f"choose another pool, or take it out: `optimer pool remove {pool} {name}`",
             )
     return done
 

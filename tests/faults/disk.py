@@ -160,7 +160,9 @@ class Recording(Disk):
         result = real(*arguments)
         if name == "create":
             path = Path(arguments[0])
-            self.log.append(("name", self._number(path.parent), path.name, self._new(result), False))
+            self.log.append(
+                ("name", self._number(path.parent), path.name, self._new(result), False)
+            )
         elif name == "mkdir":
             path = Path(arguments[0])
             self.log.append(("name", self._number(path.parent), path.name, self._new(path), True))

@@ -122,7 +122,6 @@ def test_ctrl_c_while_the_disk_lags_behind_ends_the_run(make_case, monkeypatch):
             super().write_run(run, start, tile)
 
     made = replace(plan(case.recipe, threads=2), tile_bytes=2048)
-    made = replace(plan(case.recipe, threads=2), tile_bytes=2048)
     with pytest.raises(KeyboardInterrupt):
         made.run(Lagging(case.folder / "out"))
     merge(case.recipe, case.folder / "out")

@@ -30,7 +30,7 @@ def recorded(case):
 def check_power_cuts(case, chances=((0.0, 0), (0.5, 1), (0.5, 2))):
     """After every prefix of the effects: absent or complete, and finished by the same command."""
     log = recorded(case)
-    for count in range(len(log) + 1):
+    for count in reversed(range(len(log) + 1)):
         for chance, seed in chances:
             root = case.folder / f"cut{count}-{chance}-{seed}"
             root.mkdir()

@@ -16,15 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
 
 from optimer_engine.checkpoint import Checkpoint  # noqa: E402
 from optimer_engine.cli import optimer  # noqa: E402
@@ -37,44 +29,12 @@ from optimer_engine.errors import (  # noqa: E402
 )
 from optimer_engine.train import DatasetConfig, TrainConfig, run_cpt  # noqa: E402
 from optimer_engine.train.resume import defect, mark_complete  # noqa: E402
-
-RHYME = "the cat sat on the mat and the dog lay by the log. "
-TOKENS_PER_STEP = 4 * 32
+from tests.unit.train_support import RHYME, TOKENS_PER_STEP, make_base  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("train") / "base"
-    byte_level = Tokenizer(models.BPE())
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_level.decoder = decoders.ByteLevel()
-    byte_level.train_from_iterator(
-        [RHYME * 20],
-        trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<eos>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="<eos>")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            attention_dropout=0.1,  # so that a resumed run must restore the random state
-            eos_token_id=0,
-            bos_token_id=None,
-        )
-    )
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = make_base(tmp_path_factory.mktemp("train") / "base")
     gc.freeze()  # each run collects garbage; the libraries' own objects are none
     yield folder
     gc.unfreeze()

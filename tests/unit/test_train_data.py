@@ -22,7 +22,7 @@ from optimer_engine.recipe import read_config
 from optimer_engine.train.config import DatasetConfig, TrainConfig, token_count
 from optimer_engine.train.corpus import find, first_documents, read_documents
 from optimer_engine.train.mixture import BlockSchedule, split_exactly, spread_evenly
-from optimer_engine.train.packing import Cutter, is_held_out, pack
+from optimer_engine.train.packing import Cutter, pack
 
 EOS, BOS = 256, 257
 

@@ -1,0 +1,259 @@
+"""Sparse merges in a GPU's memory: what `kernels.sparse` does on the CPU, under the same names.
+
+`count`, `norms` and `merge` take the same `sparse.Inputs` and `sparse.Masks` with torch tensors in
+place of arrays, so that the methods' passes run on either. Nothing waits for the GPU but `count`
+and `norms`, whose results are read at once.
+
+Masks by rank within a row (DELLA) are not among them: they need an exact sort of every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+
+from .reference_methods import (
+    CHANCE,
+    CUT,
+    DROP,
+    GRANULE,
+    HIGH,
+    IMPORTANCE,
+    LOW,
+    RANK,
+    VARIANCE,
+)
+from .sparse import Inputs, Masks
+from .triton_launch import (
+    NUM_WARPS,
+    OPTIONS,
+    bits,
+    flag_on,
+    form,
+    mask_of_models,
+    on_device,
+    warp_threads,
+    with_nulls,
+)
+from .triton_sparse import ROW, count_kernel, merge_kernel, norms_kernel
+
+COPIES = 32
+"""Histograms that programs count in, so that few add to the same place at once."""
+
+EVERYWHERE = 1 << 62
+"""A place behind every element."""
+
+_ALL_WORDS, _NO_KEY = 0xFFFFFFFF, 0x7FFFFFFF
+
+
+def merge(
+    inputs: Inputs,
+    masks: Masks,
+    multipliers: Sequence[float],
+    votes: Sequence[float],
+    divisors: Sequence[float] | None,
+    consensus: int,
+    scale: float,
+    zero_is_positive: bool,
+    out: torch.Tensor,
+    out_code: int,
+    flag: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out = round(base + total); `reference_methods.merge` says what the numbers mean.
+
+    Args:
+        inputs: begins at a granule, or at a tensor's start.
+        out: 1-D, contiguous, of the inputs' length; may be the base itself.
+        flag: as in `gpu.linear`.
+
+    Returns:
+        The flag: 1 when an input that is looked at, or an output, is NaN or infinite.
+
+    Raises:
+        ValueError: for masks by rank or by importance, or too many sources.
+    """
+    _check(masks, inputs)
+    flag = flag_on(out.device) if flag is None else flag
+    used = [
+        i
+        for i, kind in enumerate(masks.rows[:-1, 0])
+        if kind != DROP and not (kind == CHANCE and masks.rows[i, 7] == 0)
+    ]
+    shared = masks.rows[-1, 0] == CUT
+    if shared:
+        used = list(range(len(inputs.sources)))  # the variance is that of all
+    sources, codes = ([values[i] for i in used] for values in (inputs.sources, inputs.codes))
+    operands, padded = with_nulls(inputs.base, sources), with_nulls(inputs.base_code, codes)
+    places = len(operands)
+    numbers = np.zeros((places + 1, 3))
+    for k, i in enumerate(used):
+        numbers[k] = multipliers[i], votes[i], divisors[i] if divisors else 0.0
+    numbers[places, 0] = scale
+    rows = torch.zeros((places + 1, ROW), dtype=torch.int64)
+    for k, i in enumerate(used):
+        rows[k] = _row(masks.rows[i], masks.streams[i])
+    rows[places] = _row(masks.rows[-1], np.zeros(4, np.int64))
+    rows = rows.to(out.device, non_blocking=True)
+    for k, i in enumerate(used):
+        _place(inputs, masks, i, masks.rows[i], rows[k])
+    if shared:
+        _place(inputs, masks, 0, masks.rows[-1], rows[places])
+    constants = form(inputs.base_code, out_code, padded)
+    constants["HELD"] = held = max(2, min(constants["HELD"], 4 if constants["WIDE"] else 8))
+    constants["BLOCK"] = block = NUM_WARPS * warp_threads() * held
+    kinds = set(masks.rows[used, 0].tolist())
+    elems = inputs.base.numel()
+    if elems:
+        with on_device(out):
+            merge_kernel[(triton.cdiv(elems, block),)](
+                bits(inputs.base, inputs.base_code), bits(out, out_code),
+                tuple(map(bits, operands, padded)), rows,
+                torch.from_numpy(numbers).to(out.device, non_blocking=True),
+                mask_of_models([inputs.is_delta[i] for i in used]), len(used), flag,
+                inputs.start, elems, CUTS=CUT in kinds, CHANCES=CHANCE in kinds, SHARED=shared,
+                CONSENSUS=consensus, DIVIDE=divisors is not None,
+                ZERO_IS_POSITIVE=zero_is_positive, **constants, **OPTIONS,
+            )  # fmt: skip
+    return flag
+
+
+def count(
+    inputs: Inputs, masks: Masks, stage: int, wanted: np.ndarray, bins: np.ndarray,
+    equal: np.ndarray,
+) -> None:  # fmt: skip
+    """Count magnitudes of a tile for exact order statistics: `sparse.count`, the same integers."""
+    _check(masks, inputs)
+    for k, (stream, value) in enumerate(wanted.tolist()):
+        copies, own = _count(inputs, masks, stream, stage, value, equal.shape[1])
+        bins[k] += copies.sum(0, dtype=torch.int64)[: bins.shape[1]].cpu().numpy()
+        equal[k] += own.cpu().numpy()
+
+
+def norms(inputs: Inputs, masks: Masks, block_elems: int, sums: np.ndarray) -> None:
+    """sums[block, i] = (sum |delta_i|, sum |masked delta_i|, sum masked delta_i**2).
+
+    As `sparse.norms`, in fp64 and in an order of its own that does not depend on the tiling.
+
+    Args:
+        block_elems: a multiple of GRANULE.
+    """
+    _check(masks, inputs)
+    if block_elems % GRANULE:
+        raise ValueError(f"blocks of {block_elems} elements; whole granules expected")
+    shared, elems = masks.rows[-1, 0] == CUT, inputs.base.numel()
+    first_block = inputs.start // block_elems
+    for i, kind in enumerate(masks.rows[:-1, 0]):
+        if kind == DROP or not elems:
+            continue
+        row = masks.rows[-1] if shared else masks.rows[i]
+        rows = _row(row, masks.streams[i])[None].to(inputs.base.device)
+        _place(inputs, masks, i, row, rows[0])
+        arguments, constants = _keyed(inputs, shared, i)
+        base, sources, thetas, number = arguments
+        programs = triton.cdiv(elems, constants["BLOCK"])
+        each = block_elems // constants["BLOCK"]
+        blocks = triton.cdiv(programs, each)
+        partial = torch.zeros((blocks * each, 3), dtype=torch.float64, device=base.device)
+        with on_device(base):
+            norms_kernel[(programs,)](
+                base, sources, rows, i if shared else 0, thetas, number, inputs.start, elems,
+                partial, CUTS=kind == CUT, CHANCES=kind == CHANCE, SHARED=shared,
+                **constants, **OPTIONS,
+            )  # fmt: skip
+        totals = partial.reshape(blocks, each, 3).sum(1)
+        sums[first_block : first_block + blocks, i] = totals.cpu().numpy()
+
+
+def _check(masks: Masks, inputs: Inputs) -> None:
+    kinds = set(masks.rows[:, 0].tolist())
+    if RANK in kinds or masks.measure == IMPORTANCE:
+        raise ValueError("masks by rank or by importance have no GPU kernel")
+    if inputs.start % GRANULE:
+        raise ValueError(f"a tile from element {inputs.start}; a granule's start expected")
+
+
+def _row(mask: np.ndarray, stream: np.ndarray) -> torch.Tensor:
+    """A row of masks as the kernels take it, with places at whole granules."""
+    row = [-1, 0, _NO_KEY, 0, _ALL_WORDS, *stream.tolist()]  # keeps everything
+    if mask[0] == CUT:
+        for cut in (0, 1):
+            key, granule, _ = mask[1 + 3 * cut : 4 + 3 * cut].tolist()
+            row[2 * cut] = min(key, _NO_KEY)
+            row[2 * cut + 1] = min(max(granule, 0) * GRANULE, EVERYWHERE)
+    elif mask[0] == CHANCE:
+        row[4] = int(mask[7]) - 1
+    return torch.tensor(row)
+
+
+def _place(inputs: Inputs, masks: Masks, i: int, mask: np.ndarray, row: torch.Tensor) -> None:
+    """Where a cut ends within a granule of this tile: behind the `quota`-th equal key there."""
+    if mask[0] != CUT:
+        return
+    for cut in (0, 1):
+        key, granule, quota = mask[1 + 3 * cut : 4 + 3 * cut].tolist()
+        start = granule * GRANULE - inputs.start
+        if quota and 0 <= start < inputs.base.numel():
+            keys = _magnitudes(inputs, masks, i, start, min(GRANULE, inputs.base.numel() - start))
+            so_far = (keys == key).cumsum(0)
+            row[2 * cut + 1] = granule * GRANULE + 1 + torch.searchsorted(so_far, quota)
+
+
+def _magnitudes(inputs: Inputs, masks: Masks, i: int, start: int, elems: int) -> torch.Tensor:
+    """The keys of a stretch of elements, int32."""
+    keys = torch.empty(elems, dtype=torch.int32, device=inputs.base.device)
+    stretch = slice(start, start + elems)
+    part = replace(
+        inputs, base=inputs.base[stretch], sources=[source[stretch] for source in inputs.sources]
+    )
+    _launch_count(part, masks, i, 3, 0, keys, keys, keys)
+    return keys
+
+
+def _count(
+    inputs: Inputs, masks: Masks, i: int, stage: int, wanted: int, granules: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(histograms, equal keys of each granule) of one source, or of the measure of all."""
+    device = inputs.base.device
+    width = (HIGH, LOW, 1)[stage]
+    bins = torch.zeros((COPIES if stage < 2 else 1, width), dtype=torch.int32, device=device)
+    own = triton.cdiv(inputs.start + inputs.base.numel(), GRANULE)
+    equal = torch.zeros(max(granules, own), dtype=torch.int64, device=device)
+    if inputs.base.numel():
+        _launch_count(inputs, masks, i, stage, wanted, bins, equal, bins)
+    return bins, equal[:granules]
+
+
+def _launch_count(
+    inputs: Inputs, masks: Masks, i: int, stage: int, wanted: int,
+    bins: torch.Tensor, equal: torch.Tensor, keys: torch.Tensor,
+) -> None:  # fmt: skip
+    arguments, constants = _keyed(inputs, masks.measure == VARIANCE, i)
+    elems = inputs.base.numel()
+    with on_device(inputs.base):
+        count_kernel[(triton.cdiv(elems, constants["BLOCK"]),)](
+            *arguments, elems, wanted, inputs.start, bins, equal, keys,
+            STAGE=stage, COPIES=COPIES, BINS=(HIGH, LOW, 1, 1)[stage],
+            SHARED=masks.measure == VARIANCE, **constants, **OPTIONS,
+        )  # fmt: skip
+
+
+def _keyed(inputs: Inputs, shared: bool, i: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Operands of kernels that look at one source, or at all where the measure is `shared`."""
+    chosen = range(len(inputs.sources)) if shared else [i]
+    sources, codes, is_delta = (
+        [values[k] for k in chosen] for values in (inputs.sources, inputs.codes, inputs.is_delta)
+    )
+    padded = with_nulls(inputs.base_code, codes)
+    operands = tuple(map(bits, with_nulls(inputs.base, sources), padded))
+    base = bits(inputs.base, inputs.base_code)
+    constants = {
+        "CODES": (inputs.base_code, inputs.base_code, *padded),
+        "WIDE": inputs.wide,
+        "BLOCK": 8 * NUM_WARPS * 32,
+    }
+    return (base, operands, mask_of_models(is_delta), len(sources)), constants

@@ -1,0 +1,273 @@
+"""The plan: a recipe resolved against real files, every output byte placed, its memory known.
+
+A plan is immutable; `with_weights` gives the same plan with other weights for the price of a copy,
+which is what a search trial needs. `planner` makes plans, `engine` runs them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import msgspec
+
+from optimer_engine import methods
+from optimer_engine.checkpoint import MODEL, Checkpoint
+from optimer_engine.downloads import memory_bytes
+from optimer_engine.errors import MemoryLimitError, RecipeError
+from optimer_engine.layout import Shard
+from optimer_engine.operands import Operand
+from optimer_engine.recipe import Recipe
+from optimer_engine.runs import JOINED, Row, Run, Treatment, fold, join
+from optimer_engine.types import TensorInfo, format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from optimer_engine.events import Callback
+    from optimer_engine.mergekit import MergekitConfig
+    from optimer_engine.report import Report
+    from optimer_engine.sink import Sink
+
+MEM_LIMIT = "512MiB"
+TILE_BYTES = 512 * 1024
+"""Per operand: larger tiles fall out of the second-level cache, smaller ones cost bookkeeping."""
+MIN_TILE_BYTES = 16 * 1024
+BOOKKEEPING_BYTES = 500
+"""Rough cost in memory of one tensor's names and offsets in one checkpoint."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe resolved against real files; made by `plan` or `plan_difference`.
+
+    Attributes:
+        recipe: what was asked for; its weights are the ones used.
+        checkpoints: the opened inputs, the base first; None for a source of weight 0 that was left
+            unopened. `names`: what the user calls each.
+        rows: every output tensor, placed; `treatments`: what is done to them.
+        shards: the output files, every byte placed.
+        part: (i, n) to make only the shards that are the i-th of n parts' share.
+        kind: "model" or "vector", the kind of checkpoint that comes out.
+        threads, tile_bytes: how it runs; neither changes a bit of the output.
+        spare_threads: that join where the inputs turn out to be slow to read.
+        warnings: what was noticed and not refused.
+        donor: number of the checkpoint that configuration and tokenizer files come from; `files`
+            are written in place of its own, `omitted` are not copied.
+        options: keywords of `plan` that decide the output's bytes, beside the recipe.
+    """
+
+    recipe: Recipe | MergekitConfig
+    checkpoints: tuple[Checkpoint | None, ...]
+    names: tuple[str, ...]
+    treatments: tuple[Treatment, ...]
+    rows: tuple[Row, ...]
+    shards: tuple[Shard, ...]
+    threads: int
+    tile_bytes: int
+    kind: str = MODEL
+    warnings: tuple[str, ...] = ()
+    part: tuple[int, int] = (1, 1)
+    donor: int = 0
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    omitted: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    spare_threads: int = 0
+    disk_limit: int | None = None
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint that configuration and tokenizer come from."""
+        base = self.checkpoints[self.donor]
+        assert base is not None
+        return base
+
+    @property
+    def written_recipe(self) -> dict[str, Any]:
+        """The recipe as plain data, as it goes into the report; `load_recipe` reads it back."""
+        return self.recipe.to_dict() if isinstance(self.recipe, Recipe) else self.recipe.written
+
+    @property
+    def sources(self) -> tuple[Checkpoint | None, ...]:
+        """The inputs beside the base."""
+        return self.checkpoints[1:]
+
+    @property
+    def read_checkpoints(self) -> dict[str, Checkpoint]:
+        """Name to checkpoint, of those that the plan reads."""
+        used = {self.donor}
+        for treatment in self.treatments:
+            weights = (dict(pairs).get("weight", 1.0) for pairs in treatment.settings.per_source)
+            read = zip(treatment.checkpoints[1:], weights, strict=True)
+            skips = treatment.skips_zero
+            used |= {number for number, weight in read if weight != 0 or not skips}
+            used |= set(treatment.checkpoints[:1]) - {-1}
+        opened = zip(self.names, self.checkpoints, strict=True)
+        return {n: c for i, (n, c) in enumerate(opened) if i in used and c is not None}
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes of tensor data that this plan, or its part, puts out."""
+        own = set(self.own_shards)
+        return sum(row.out.nbytes for row in self.rows if row.out.file in own)
+
+    @property
+    def own_shards(self) -> range:
+        """Numbers of the shards that this part makes."""
+        number, count = self.part
+        return range(number - 1, len(self.shards), count)
+
+    @property
+    def projected_mem_bytes(self) -> int:
+        """Upper bound of what running the plan adds to the interpreter and its libraries."""
+        computed = (
+            sum(i.scratch_bytes(self.tile_bytes) for i in row.inputs if _computes(i))
+            for row in self.rows
+        )
+        rows, row_bytes = self.ring_shape
+        per_thread = rows * row_bytes + max(computed, default=0)
+        shared, threads = 0, self.threads + self.spare_threads
+        for run in self._method_runs():
+            assert run.method is not None
+            memory = run.method.memory(run.recipe)
+            shared = max(shared, memory.shared_bytes + threads * memory.thread_bytes)
+        bookkeeping = BOOKKEEPING_BYTES * rows * len(self.rows)
+        # A job's last tiles overlap the next one's first: two statistics may be held at once.
+        downloads = memory_bytes(self.checkpoints)
+        return threads * per_thread + 2 * shared + bookkeeping + downloads
+
+    @property
+    def ring_shape(self) -> tuple[int, int]:
+        """(operands and the output, bytes of each) of a thread's buffers."""
+        rows = max((len(treatment.checkpoints) for treatment in self.treatments), default=1) + 1
+        rows += self.rounding_seed is not None
+        widths = (run.tile_elems(self.tile_bytes) * run.widest for run in self._method_runs())
+        return rows, max([self.tile_bytes, *widths]) + 4096 + 64
+
+    def _method_runs(self) -> list[Run]:
+        """The runs that the fused linear kernel does not do."""
+        if all(treatment.method in JOINED for treatment in self.treatments):
+            return []
+        return [run for run in self.runs() if run.method is not None]
+
+    def with_weights(self, weights: Mapping[str, float]) -> Plan:
+        """The same plan with new weights by source name; sources not named keep theirs.
+
+        Raises:
+            RecipeError: for an unknown name, a weight that is not finite, or a source that was left
+                unopened.
+        """
+        if not isinstance(self.recipe, Recipe):
+            raise RecipeError(
+                "a mergekit file has weights for each tensor",
+                where="weights",
+                todo="write the merge as a recipe with base and sources to change its weights",
+            )
+        known = [source.name for source in self.recipe.sources]
+        unknown = sorted(set(weights) - set(known))
+        if unknown:
+            raise RecipeError(
+                f"no source is named {unknown[0]!r}",
+                where="weights",
+                todo=f"sources are {', '.join(known)}",
+            )
+        sources = [
+            msgspec.structs.replace(s, weight=float(weights.get(s.name, s.weight)))
+            for s in self.recipe.sources
+        ]
+        for source, checkpoint in zip(sources, self.sources, strict=True):
+            if source.weight and checkpoint is None:
+                raise RecipeError(
+                    "was not opened, since its weight was 0",
+                    where=f"source {source.name!r}",
+                    todo="plan with every_source=True",
+                )
+        recipe = msgspec.structs.replace(self.recipe, sources=sources)
+        return replace(self, recipe=recipe, treatments=(fold(treatment_of(recipe)),))
+
+    def runs(self) -> list[Run]:
+        """The whole output as runs, in file order; sources of weight 0 are not read."""
+        own = set(self.own_shards)
+        rows = [row for row in self.rows if row.out.file in own] if self.part[1] > 1 else self.rows
+        return join(rows, self.treatments, self.checkpoints, self.rounding_seed is not None)
+
+    @property
+    def rounding_seed(self) -> int | None:
+        """The seed of stochastic rounding; None where results go to the nearest."""
+        recipe = self.recipe
+        if isinstance(recipe, Recipe) and recipe.rounding == "stochastic":
+            return recipe.seed
+        return None
+
+    def run(
+        self, sink: Sink, *, threads: int | None = None, callbacks: Sequence[Callback] = ()
+    ) -> Report:
+        """Run into `sink`; see `engine.run`."""
+        from optimer_engine import engine  # the ladder's one step back: a plan runs itself
+
+        made = self if threads is None else replace(self, threads=threads, spare_threads=0)
+        return engine.run(made, sink, callbacks=callbacks)
+
+    def iter_tensors(self) -> Iterator[tuple[str, Any]]:
+        """Merge and give out (name, torch tensor) one by one; see `iteration.iter_tensors`."""
+        from optimer_engine.iteration import iter_tensors
+
+        return iter_tensors(self)
+
+    def close(self) -> None:
+        """Close the checkpoints' files."""
+        for checkpoint in self.checkpoints:
+            if checkpoint is not None:
+                checkpoint.close()
+
+
+def treatment_of(recipe: Recipe) -> Treatment:
+    """The recipe's method over the base (checkpoint 0) and the sources (1, 2, ...)."""
+    method = methods.get(recipe.method)
+    given = []
+    for source in recipe.sources:
+        own: dict[str, Any] = {}
+        if "weight" in method.parameters or source.weight != 1.0:
+            own["weight"] = source.weight
+        if "stream" in method.parameters:
+            own["stream"] = source.name  # its mask does not depend on the other sources
+        given.append({**own, **source.parameters})
+    settings = method.settings(recipe.parameters, given)
+    return Treatment(recipe.method, settings, tuple(range(len(given) + 1)), method.skips_zero)
+
+
+def placed(made: Plan) -> Plan:
+    """The rows in the shards' order, each knowing its output's place."""
+    by_name = {row.out.name: row for row in made.rows}
+    rows = (
+        msgspec.structs.replace(by_name[info.name], out=info)
+        for shard in made.shards
+        for info in shard.tensors
+    )
+    return replace(made, rows=tuple(rows))
+
+
+def fitted(made: Plan, mem_limit: int | str) -> Plan:
+    """The plan with tiles that keep it within the limit."""
+    limit = parse_bytes(mem_limit)
+    while made.projected_mem_bytes > limit:
+        if made.tile_bytes // 2 < MIN_TILE_BYTES:
+            raise MemoryLimitError(
+                f"needs {format_bytes(made.projected_mem_bytes)}, the limit is"
+                f" {format_bytes(limit)}",
+                where="memory",
+                todo="raise the limit or use fewer threads",
+            )
+        made = replace(made, tile_bytes=made.tile_bytes // 2)
+    return made
+
+
+def _computes(given: TensorInfo | Operand | None) -> TypeGuard[Operand]:
+    return given is not None and type(given) is not TensorInfo
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
