@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from benchmarks import kernel, memory, merge, vectors
+from benchmarks import kernel, memory, merge, methods, startup, vectors
 
-CASES = {"kernel": kernel, "memory": memory, "merge": merge, "vectors": vectors}
+CASES = {
+    "kernel": kernel,
+    "memory": memory,
+    "merge": merge,
+    "methods": methods,
+    "startup": startup,
+    "vectors": vectors,
+}

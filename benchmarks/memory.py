@@ -47,37 +47,44 @@ def case(
         name="memory",
         command=command,
         parameters={"size_bytes": size_bytes, "sources": sources, "sparse": True},
-        contestants=[contestant(*each) for each in wanted],
+        contestants=[contestant(*each) for each in dict.fromkeys(wanted)],
         before=lambda: None,
     )
 
 
 def _shapes(size_bytes: int) -> dict[str, tuple[int, ...]]:
-    """Gemma 3 27B's text model with as many layers, and then rows of embeddings, as fit."""
-    queries, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    """Gemma 3 27B's text model with as many layers, and then rows of embeddings, as fit.
+
+    For rehearsals of a few megabytes every dimension is cut down by the same factor.
+    """
+    factor = 1
+    while 2 * 3 * WIDTH * INNER // factor**2 > size_bytes // 4:
+        factor *= 2
+    width, inner, vocabulary = WIDTH // factor, INNER // factor, VOCABULARY // factor
+    queries, keys = HEADS * HEAD_DIM // factor, KV_HEADS * HEAD_DIM // factor
     attention = {
-        "q_proj": (queries, WIDTH),
-        "k_proj": (keys, WIDTH),
-        "v_proj": (keys, WIDTH),
-        "o_proj": (WIDTH, queries),
+        "q_proj": (queries, width),
+        "k_proj": (keys, width),
+        "v_proj": (keys, width),
+        "o_proj": (width, queries),
     }
     norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
     layer: dict[str, tuple[int, ...]] = {
         **{f"self_attn.{name}.weight": shape for name, shape in attention.items()},
         "self_attn.q_norm.weight": (HEAD_DIM,),
         "self_attn.k_norm.weight": (HEAD_DIM,),
-        "mlp.gate_proj.weight": (INNER, WIDTH),
-        "mlp.up_proj.weight": (INNER, WIDTH),
-        "mlp.down_proj.weight": (WIDTH, INNER),
-        **{f"{norm}_layernorm.weight": (WIDTH,) for norm in norms},
+        "mlp.gate_proj.weight": (inner, width),
+        "mlp.up_proj.weight": (inner, width),
+        "mlp.down_proj.weight": (width, inner),
+        **{f"{norm}_layernorm.weight": (width,) for norm in norms},
     }
     layer_bytes = 2 * sum(math.prod(shape) for shape in layer.values())
-    layers = max(1, (size_bytes - 2 * WIDTH * VOCABULARY) // layer_bytes)
-    rows = (size_bytes - layers * layer_bytes) // (2 * WIDTH)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (max(1, rows), WIDTH)}
+    layers = max(1, (size_bytes - 2 * width * vocabulary) // layer_bytes)
+    rows = (size_bytes - layers * layer_bytes) // (2 * width)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (max(1, rows), width)}
     for number in range(layers):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
-    return {**shapes, "model.norm.weight": (WIDTH,)}
+    return {**shapes, "model.norm.weight": (width,)}
 
 
 def _sparse(folder: Path, size_bytes: int) -> Path:

@@ -36,6 +36,8 @@ from optimer_engine.model_folder import (
 from optimer_engine.safetensors_format import read_header
 from optimer_engine.types import FP8, TensorInfo
 
+__all__ = ["ADAPTER", "COMPANIONS", "MODEL", "VECTOR", "Backend", "Checkpoint"]
+
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -141,11 +143,12 @@ class Checkpoint:
             self._add_file(self.folder / shard)
         for name in sorted(weight_map.keys() | self.tensors.keys()):
             info = self.tensors.get(name)
-            listed = weight_map.get(name, "nowhere")
-            lies = "nowhere" if info is None else self.files[info.file].path.name
+            lies = None if info is None else self.files[info.file].path.name
+            listed = weight_map.get(name)
             if lies != listed:
+                there = [f"in {quoted(file)}" if file else "nowhere" for file in (lies, listed)]
                 raise CheckpointError(
-                    f"{quoted(name)} lies in {lies}, listed in {listed}",
+                    f"{quoted(name)} lies {there[0]}, listed {there[1]}",
                     where=str(index),
                     todo="download or save the checkpoint again",
                 )

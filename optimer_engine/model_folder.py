@@ -193,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_regular(path: Path) -> bytes:
     # O_NONBLOCK: a FIFO must be refused, not waited for.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb") as file:
+    with open(fd, "rb") as file:  # noqa: PTH123
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             _bad(path, "is not a regular file")

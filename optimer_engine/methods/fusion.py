@@ -18,6 +18,10 @@ from optimer_engine.tensor_recipe import TensorRecipe
 EPS = 1e-8
 """Added to probabilities before their ratio is taken."""
 
+ROUNDING = 2.0**-22
+"""Importances are compared in fp32, and the threshold is made of three of them. In a row of a 16-bit
+model many are equal to it but for their rounding, and those are to stand out."""
+
 
 class _Divergences:
     """KL(softmax(source row) || softmax(base row)) of every row: (rows,) fp64."""
@@ -55,9 +59,10 @@ class _ArceeFusion(Method):
         if count:
             ranks = [(0, count - int(q * (count - 1))) for q in (0.25, 0.5, 0.75)]
             found = yield from cuts(keys, [0], lambda _: ranks, places=False)
-            low, median, high = np.array([c.key for c in found], np.uint32).view(np.float32)
+            keys_found = np.array([cut.key for cut in found], np.uint32).view(np.float32)
+            low, median, high = keys_found.astype(np.float64)
             with np.errstate(invalid="ignore", over="ignore"):
-                threshold = np.float32(median + np.float32(1.5) * (high - low))
+                threshold = np.float32((median + 1.5 * (high - low)) * (1 - ROUNDING))
             masks.rows[1, :7] = [CUT, threshold.view(np.uint32), ALL_EQUAL, 0, *NOTHING]
         return Sum(masks, [1.0], [1.0], None, NO_CONSENSUS, 1.0, False)
 

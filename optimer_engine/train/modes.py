@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,11 @@ def with_adapter(model: PreTrainedModel, settings: dict[str, Any], base: str) ->
         )
     try:
         config = peft.LoraConfig(task_type="CAUSAL_LM", **(_DEFAULTS | settings))  # type: ignore[arg-type]
-        adapted = peft.get_peft_model(model, config)
+        model.enable_input_require_grads()  # as in `freeze_embeddings`
+        with warnings.catch_warnings():
+            # PEFT asks the model for an attribute that Transformers has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            adapted = peft.get_peft_model(model, config)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"refused by PEFT: {error}", where="lora") from error
     config.base_model_name_or_path = base

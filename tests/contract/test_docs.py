@@ -93,4 +93,4 @@ def test_mergekit(models, monkeypatch, capsys):  # noqa: F811
         "models: [{model: models/ja, parameters: {weight: 0.5}}]\n"
     )
     run_page("mergekit.md", monkeypatch)
-    assert "0.5*(models/ja - models/base)" in capsys.readouterr().out
+    assert "base + 0.5 (ja - base)" in capsys.readouterr().out

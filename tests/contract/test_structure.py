@@ -90,7 +90,6 @@ def test_imports_point_one_way():
 # there.
 OWNERS = {
     "search/adviser.py", "search/surrogate.py", "train/trainer.py", "train/callbacks.py",
-    "train/modes.py",
 }  # fmt: skip
 
 

@@ -134,7 +134,7 @@ class Recording(Disk):
 
     @staticmethod
     def _inode(what):
-        found = os.fstat(what) if isinstance(what, int) else os.stat(what)
+        found = os.fstat(what) if isinstance(what, int) else Path(what).stat()
         return found.st_dev, found.st_ino
 
     def _number(self, what):

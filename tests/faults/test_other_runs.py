@@ -1,10 +1,9 @@
-"""Two runs and one output: never a mixture, never a silent wait, never the loss of finished work."""
+"""Two runs and one output: never a mixture, nor a silent wait, nor the loss of finished work."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 
@@ -54,11 +53,11 @@ def test_a_part_that_runs_is_not_restarted_under_its_feet(make_case):
     out = case.folder / "out"
     running = FolderSink(out)
     running.open(plan(case.recipe, part=(1, 2)))
-    before = sorted(os.listdir(case.folder / "out.partial"))
+    before = sorted((case.folder / "out.partial").iterdir())
     for discard in (False, True):
         with pytest.raises(BusyError, match="another run is writing it now: process"):
             merge(case.recipe, out, part=(1, 2), discard=discard)
-    assert sorted(os.listdir(case.folder / "out.partial")) == before
+    assert sorted((case.folder / "out.partial").iterdir()) == before
     running.abort(KeyboardInterrupt())
     for number in (1, 2):
         merge(case.recipe, out, part=(number, 2))
@@ -70,7 +69,7 @@ def test_a_shard_of_a_finished_part_that_vanished_is_noticed(make_case):
     out = case.folder / "out"
     merge(case.recipe, out, part=(1, 2))
     next(case.folder.glob("out.partial/model-00001*")).unlink()
-    with pytest.raises(OutputError, match="part 1 cannot be joined: model-00001-of-.* has 0 bytes"):
+    with pytest.raises(OutputError, match=r"part 1 cannot be joined: model-.* has 0 bytes"):
         merge(case.recipe, out, part=(2, 2))
     for number in (1, 2):
         merge(case.recipe, out, part=(number, 2), discard=number == 1)
@@ -124,7 +123,7 @@ def test_another_order_of_layers_is_another_merge(make_case, write_checkpoint, t
 
     case, out = make_case("single"), tmp_path / "out"
     case.recipe = recipe((0, 2), (1, 3))
-    interrupted(case, out, 40)
+    interrupted(case, out, case.effects() - 25)
     assert list(tmp_path.glob("out.partial/*.safetensors"))
     with pytest.raises(RecipeError, match="differs in recipe"):
         merge(recipe((0, 3), (2, 3)), out)

@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 
 import pytest
 import xxhash
 
-from optimer_engine import FolderSink, durable, folder_sink, journal, merge, verify_output
+from optimer_engine import durable, journal, merge, verify_output
 from optimer_engine.errors import OptimerError, RecipeError
 from optimer_engine.shard_file import ShardFile
 from tests.faults.disk import Dying, Killed, Recording, replay, survivors
@@ -116,9 +117,7 @@ def _no_fsync(monkeypatch):
 
 
 def _is_file(what):
-    import stat
-
-    return stat.S_ISREG(os.stat(what).st_mode)
+    return stat.S_ISREG(os.fstat(what).st_mode) if isinstance(what, int) else what.is_file()
 
 
 def _no_folder_sync(monkeypatch):

@@ -273,7 +273,7 @@ def test_folders_that_loaders_read_differently_are_refused(tmp_path):
         ({**shard, index_name: index(w="../model-1.safetensors")}, "not a plain file name"),
         ({**shard, index_name: index(w="/etc/passwd")}, "not a plain file name"),
         ({**shard, index_name: index(w="model-1.safetensors", v="model-1.safetensors")},
-         "v lies nowhere, listed in model-1"),
+         "v lies nowhere, listed in model-1.safetensors"),
         ({**shard, "model-2__safetensors": good,
           index_name: index(w="model-1.safetensors", x="model-2.safetensors")}, "and in"),
         ({**shard, index_name: b'{"weight_map": {"w": "a", "w": "b"}}'}, "stands twice"),

@@ -128,6 +128,16 @@ def test_case_kernel_checks_bfloat16_and_float32(tmp_path: Path) -> None:
     assert all(row.accuracy.passes for row in checked if row.kind == "ours")
 
 
+@pytest.mark.parametrize("name", ["memory", "methods", "startup"])
+def test_cases_without_a_gate_measure_whole_processes(tmp_path: Path, name: str) -> None:
+    case = CASES[name].case(tmp_path, 4 * MIB, 2, False, (), "command")
+    record = runner.run(case, rounds=1)
+    check_shape(record)
+    ours = [row for row in record.rows if row.kind == "ours"]
+    assert len(ours) >= 4
+    assert all((row.most("peak_rss_bytes") or 0) > 5 * MIB for row in ours)
+
+
 def check_shape(record: Record) -> None:
     assert record.rows and all(len(row.rounds) == 1 for row in record.rows)
     names = [row.name for row in record.rows]
