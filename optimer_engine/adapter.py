@@ -25,6 +25,7 @@ BLOCK_ROWS = 16
 bits do not depend on how the tensor was cut into tiles."""
 
 _PREFIX = "base_model.model."
+_WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 _REFUSED = {
     "use_dora": "DoRA scales columns of the merged weight, which no sum of deltas can express",
@@ -47,7 +48,7 @@ class LowRank:
     dtype, is_delta = DType.F32, True
     reads = ()  # factors are mapped when they are opened
 
-    def __init__(self, left: np.ndarray, left_dtype: DType, right: _Factor, scale: float) -> None:
+    def __init__(self, left: np.ndarray, left_dtype: DType, right: Factor, scale: float) -> None:
         self.left, self.left_dtype, self.right, self.scale = left, left_dtype, right, scale
         self.shape = (left.shape[0], right.stored.shape[1])
         self.elems = self.shape[0] * self.shape[1]
@@ -100,24 +101,26 @@ class Adapted:
         return elems * (self.model.dtype.itemsize + 4) + self.delta.scratch_bytes(elems)
 
 
-class _Factor:
+class Factor:
     """A factor upcast to fp32 once, while the tiles of its tensor come; one per adapter is kept."""
 
-    def __init__(self, stored: np.ndarray, dtype: DType, kept: _Kept) -> None:
+    def __init__(self, stored: np.ndarray, dtype: DType, kept: RecentFactors) -> None:
         self.stored, self.dtype, self.kept = stored, dtype, kept
 
     def values(self) -> np.ndarray:
+        """fp32, contiguous."""
         return self.kept.get(self)
 
 
-class _Kept:
+class RecentFactors:
     """The two factors used last: neighbouring tensors may be under way at once."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.recent: list[tuple[_Factor, np.ndarray]] = []
+        self.recent: list[tuple[Factor, np.ndarray]] = []
 
-    def get(self, factor: _Factor) -> np.ndarray:
+    def get(self, factor: Factor) -> np.ndarray:
+        """The values of a factor, upcast unless they are held."""
         with self.lock:
             for known, values in self.recent:
                 if known is factor:
@@ -154,8 +157,10 @@ def adapter_tensors(adapter: Checkpoint) -> dict[str, TensorInfo | LowRank]:
         if match:
             factors.setdefault((match[1], bool(match[2])), {})[match[3]] = info
         else:
-            found[plain.replace(".modules_to_save.default", "").replace(".base_layer", "")] = info
-    kept = _Kept()
+            # With a resized vocabulary PEFT adds a copy of the wrapper: trained, and as it was.
+            if ".original_module." not in plain:
+                found[_WRAPPER.sub("", plain)] = info
+    kept = RecentFactors()
     for (module, is_embedding), pair in factors.items():
         if set(pair) != {"A", "B"}:
             raise CheckpointError(
@@ -169,7 +174,11 @@ _MERGE_FIRST = "merge it into its base first with PEFT's merge_and_unload"
 
 
 def _low_rank(
-    adapter: Checkpoint, module: str, pair: dict[str, TensorInfo], is_embedding: bool, kept: _Kept
+    adapter: Checkpoint,
+    module: str,
+    pair: dict[str, TensorInfo],
+    is_embedding: bool,
+    kept: RecentFactors,
 ) -> LowRank:
     config, (a, b) = adapter.config, (pair["A"], pair["B"])
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
@@ -190,8 +199,8 @@ def _low_rank(
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     view_a, view_b = adapter.view(a.name), adapter.view(b.name)
     if is_embedding or config.get("fan_in_fan_out"):  # the weight is stored as [in, out]
-        return LowRank(view_a.T, a.dtype, _Factor(view_b.T, b.dtype, kept), scale)
-    return LowRank(view_b, b.dtype, _Factor(view_a, a.dtype, kept), scale)
+        return LowRank(view_a.T, a.dtype, Factor(view_b.T, b.dtype, kept), scale)
+    return LowRank(view_b, b.dtype, Factor(view_a, a.dtype, kept), scale)
 
 
 def _by_pattern(config: dict[str, Any], key: str, module: str, default: Any) -> Any:

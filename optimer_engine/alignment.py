@@ -66,7 +66,7 @@ def align(
             continue
         label = quoted(name)
         problems += _identity_problems(base, source, label)
-        given = _given(source)
+        given = _given(source, base)
         found.append(_fitting(base, source, given, rows, label, problems))
         for extra in given.keys() - base.tensors.keys():
             if _find(base, base.tensors, extra) is not None and source.ties_embeddings:
@@ -123,14 +123,16 @@ def _resize(
     return (rows, *base.shape[1:]), tuple(resized)
 
 
-def _given(source: Checkpoint) -> Mapping[str, TensorInfo | Operand]:
+def _given(source: Checkpoint, base: Checkpoint) -> Mapping[str, TensorInfo | Operand]:
     """What a source offers, by the base's names."""
     if source.kind == ADAPTER:
         return adapter_tensors(source)
     if source.kind == VECTOR and source.metadata.get("vector_mode", "plain") != "plain":
         from optimer_engine import vectors
 
-        return vectors.open(source).tensors
+        packed = vectors.open(source)
+        packed.check_base(base)
+        return packed.tensors
     if source.scales:
         return {name: as_input(source, info) for name, info in source.tensors.items()}
     return source.tensors

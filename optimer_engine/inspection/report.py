@@ -107,7 +107,8 @@ def _groups(title: str, groups: dict[str, Any], names: list[str]) -> str:
     relative = all("norm_ratio" in group for group in groups.values())
     heading = [f"{title}, {'norm/base' if relative else 'norm'}", *names]
     rows = [heading + (["mean cosine"] if len(names) > 1 else [])]
-    for key, group in groups.items():
+    in_order = sorted(groups.items(), key=lambda item: int(item[0]) if item[0].isdigit() else -1)
+    for key, group in in_order:
         row = [key, *map(_shown, group["norm_ratio" if relative else "norms"])]
         if len(names) > 1:
             pairs = [

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from optimer_engine.adapter import LowRank, _Factor, _Kept
+from optimer_engine.adapter import Factor, LowRank, RecentFactors
 from optimer_engine.checkpoint import Checkpoint
 from optimer_engine.errors import CheckpointError, MismatchError, quoted
 from optimer_engine.kernels.packed import (
@@ -265,7 +265,7 @@ def open(checkpoint: Checkpoint) -> Packed:
     indexes = _read_indexes(
         checkpoint, [found[1] for _, said, found in described if said.mode == "exact"]
     )
-    kept = _Kept()
+    kept = RecentFactors()
     for name, said, found in described:
         if name in packed.tensors or name in parts:
             raise CheckpointError(
@@ -396,10 +396,10 @@ def _check_index(
 
 
 def _low_rank(
-    checkpoint: Checkpoint, said: Description, found: list[TensorInfo], kept: _Kept
+    checkpoint: Checkpoint, said: Description, found: list[TensorInfo], kept: RecentFactors
 ) -> LowRank:
     a, b = found
-    factor = _Factor(checkpoint.view(a.name), a.dtype, kept)
+    factor = Factor(checkpoint.view(a.name), a.dtype, kept)
     return LowRank(checkpoint.view(b.name), b.dtype, factor, said.scale)
 
 
