@@ -33,7 +33,8 @@ def draw(data: dict[str, Any], out: Path) -> None:
     cosines = np.array(data["whole"]["cosines"], float)
     image = matrix.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r")
     for (row, column), value in np.ndenumerate(cosines):
-        matrix.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7)
+        color = "white" if abs(value) > 0.6 else "black"
+        matrix.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
     matrix.set_xticks(range(len(names)), names, rotation=45, ha="right")
     matrix.set_yticks(range(len(names)), names)
     matrix.set_title("cosine")
@@ -46,7 +47,7 @@ def draw(data: dict[str, Any], out: Path) -> None:
         lines.plot([int(layer) for layer in layers], heights, marker=".", label=name)
     lines.set_xlabel("layer")
     lines.set_ylabel("norm / base's norm" if relative else "norm")
-    lines.set_ylim(bottom=0)
+    lines.set_ylim(0, 1.1 * max(lines.get_ylim()[1], 0.0))
     if layers:
         lines.legend(fontsize=7)
     width = 0.8 / len(names)
