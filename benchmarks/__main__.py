@@ -75,6 +75,41 @@ def run(
     click.echo(record.to_json())
 
 
+@main.command("gpu-kernels")
+@click.option("--kernel", multiple=True, help="Only those whose names begin so, e.g. linear.")
+@click.option("--size-mib", multiple=True, type=int, default=(64, 1024), help="Of the base.")
+@click.option("--repeats", default=20, help="Rounds, after some that warm up.")
+@click.option("--rivals/--no-rivals", default=True, help="Time torch and mergekit's arithmetic.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the record to this JSON file.")
+def gpu_kernels(
+    kernel: tuple[str, ...], size_mib: tuple[int, ...], repeats: int, rivals: bool, out: Path | None
+) -> None:
+    """Check and time the GPU kernels; without a GPU print what their machine code tells.
+
+    \b
+    Example: everything, and a record to keep
+      python -m benchmarks gpu-kernels --out gpu.json
+    """
+    import msgspec
+    import torch
+
+    from benchmarks import gpu_kernels as bench
+
+    try:
+        if torch.cuda.is_available():
+            text, record = bench.run(kernel, size_mib, repeats, rivals)
+        else:
+            text, record = bench.without_gpu()
+    except bench.GateError as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)
+    encoded = msgspec.json.encode(record)
+    if out is not None:
+        out.write_bytes(msgspec.json.format(encoded, indent=1) + b"\n")
+    click.echo(text + "\n")
+    click.echo(encoded.decode())
+
+
 @main.command()
 def readme() -> None:
     """Write the tables of benchmarks/README.md from results/*.json."""

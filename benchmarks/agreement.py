@@ -346,6 +346,41 @@ def line(row: Row) -> str:
     ).rstrip()
 
 
+def by_method(rows: list[Row]) -> str:
+    """A Markdown table of the methods, over all architectures; docs/methods.md shows it."""
+    lines = [
+        "| method | differ | > 1 step | of which | misrounded | mergekit's | fp32 | mergekit's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label in dict.fromkeys(row.label for row in rows):
+        group = [row for row in rows if row.label == label]
+        elems = sum(row.elems for row in group)
+        decided = elems - sum(row.undecided for row in group)
+        beyond = sum(row.beyond for row in group)
+        causes: dict[str, int] = {}
+        for row in group:
+            for cause, count in row.causes.items():
+                causes[cause] = causes.get(cause, 0) + count
+        named = ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items()))
+        misrounded = [
+            sum(getattr(row, attribute) for row in group) / decided
+            for attribute in ("misrounded", "theirs_misrounded")
+        ]
+        errors = [
+            max(getattr(row, attribute) for row in group) for attribute in ("error", "theirs_error")
+        ]
+        lines.append(
+            f"| {label} | {sum(row.differ for row in group) / elems:.4%} | {beyond} | {named}"
+            f" | {misrounded[0]:.5%} | {misrounded[1]:.5%} | {errors[0]:.2f} | {errors[1]:.3g} |"
+        )
+    return "\n".join(lines)
+
+
+def read(path: Path) -> list[Row]:
+    """Rows that `--out` wrote."""
+    return [Row(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+
+
 def main() -> None:
     """Print the table, and the rows as one line of JSON."""
     parser = argparse.ArgumentParser(description="Agreement with mergekit on models.")
@@ -361,6 +396,7 @@ def main() -> None:
         for row in family_rows(family, chosen.method or list(JOBS), chosen.work, python):
             rows.append(row)
             print(line(row), flush=True)
+    print(f"\n{by_method(rows)}\n")
     linear = [row for row in rows if JOBS[row.label].linear]
     for name, group in (("linear family", linear), ("all methods", rows)):
         elems = max(1, sum(row.elems - row.undecided for row in group))

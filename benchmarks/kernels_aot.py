@@ -6,58 +6,38 @@ nothing spilled, few enough registers that many programs share a multiprocessor.
 read from the code that the compiler makes for a GPU it has never seen. What cannot be read, GB/s,
 is left to a GPU.
 
-Triton compiles for any target; NVIDIA's code is disassembled by the tools that Triton ships, AMD's
-comes as text. Printed per kernel, dtypes, number of sources and target:
+Printed per kernel, dtypes, number of sources and target:
 
 * registers a thread needs; spills, the instructions that move registers to or from memory;
-* widths in bits of the accesses to tensors in the whole-block path. The other path, which does the
-  ragged end of a tensor one element per thread, has one access per operand, left out here;
-* instructions of both paths together, and among them the fused multiply-adds, which would break the
-  numerics contract, and the divisions, which would be slow.
+* widths in bits of the accesses to tensors. Where the ragged end of a tensor is done one element
+  per thread (all merges but low rank), that path's access per operand is left out; `count`, `norms`
+  and `moments` do it as a masked block, whose narrow accesses are listed. INT4's loads are not
+  seen on NVIDIA, as each byte is wanted by two threads and stays in the cache;
+* instructions of all paths together, and among them the fused multiply-adds, which would break the
+  numerics contract, and the divisions, which would be slow. A correctly rounded division is made of
+  both, so the kernels that average terms (ties, sce) have them.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
 import triton
 from tqdm import tqdm
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
 
-from optimer_engine.kernels import triton_linear as kernels
-from optimer_engine.kernels.reference import STORAGE
+from benchmarks.gpu_cases import Case, cases
+from benchmarks.machine_code import TARGETS, compiled, read
 
 RESULTS = Path(__file__).parent / "results" / "aot"
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ELEMS = 5000
+"""Of the operands that are launched with; what is compiled does not depend on it."""
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-CODE = {"bf16": 0, "fp16": 1, "fp32": 2, "fp64": 3}
-DTYPES = {
-    "bf16": ("bf16", "bf16", "bf16"),
-    "fp16": ("fp16", "fp16", "fp16"),
-    "fp32": ("fp32", "fp32", "fp32"),
-    "fp64": ("fp64", "fp64", "fp64"),
-    "bf16 + fp32 vectors": ("bf16", "fp32", "bf16"),
-    "bf16 to fp32": ("bf16", "bf16", "fp32"),
-}
-"""Dtypes of base, sources and output."""
-
-COUNTS = (1, 2, 4, 8, 16, 32)
-"""Numbers of sources; the kernel for one of them serves all down to the next smaller."""
+DIVIDES = ("ties", "sce")
+"""Kernels with correctly rounded divisions."""
 
 
 class Code(msgspec.Struct, forbid_unknown_fields=True):
@@ -68,8 +48,8 @@ class Code(msgspec.Struct, forbid_unknown_fields=True):
         spills: instructions that spill a register to memory or fetch it back.
         scalar_spills: registers shared by a warp that are kept in lanes of vector registers instead
             (AMD alone; they never reach memory).
-        loads, stores: how many accesses of which width in bits the whole-block path makes.
-        bytes_per_thread: what a thread loads and stores in that path.
+        loads, stores: how many accesses to tensors of which width in bits.
+        matrix_instructions: of the tensor cores.
         shared_bytes: shared memory of a program.
     """
 
@@ -82,173 +62,28 @@ class Code(msgspec.Struct, forbid_unknown_fields=True):
     scalar_spills: int
     loads: dict[int, int]
     stores: dict[int, int]
-    bytes_per_thread: int
     shared_bytes: int
     instructions: int
     fused_multiply_adds: int
+    matrix_instructions: int
     divisions: int
 
     @property
     def bulk(self) -> bool:
-        """Whether every access of the whole-block path is 128 bits wide."""
-        return set(self.loads) == set(self.stores) == {128}
+        """Whether every access to a tensor is 128 bits wide."""
+        return set(self.loads) == {128} and set(self.stores) <= {128}
 
 
-def measure(kernel: str, dtypes: str, sources: int, target: str) -> Code:
-    """Compile one kernel ("linear" or "batch") for one target and read its machine code."""
-    base, source, out = (CODE[name] for name in DTYPES[dtypes])
-    gpu = TARGETS[target]
-    operands = kernels.with_nulls(base, [source] * sources)
-    constants = kernels.constexprs(base, operands, out, True, gpu.warp_size)
-    make = _linear_source if kernel == "linear" else _batch_source
-    compiled = triton.compile(
-        make(base, operands, out, constants), target=gpu, options=dict(kernels.OPTIONS)
-    )
-    found = _read_nvidia(compiled) if gpu.backend == "cuda" else _read_amd(compiled)
-    held = constants["HELD"]
-    sizes = [STORAGE[code].itemsize for code in (base, *operands, out)]
-    loads = found.pop("loads") - Counter(8 * size for size in sizes[:-1])
-    stores = found.pop("stores") - Counter([8 * sizes[-1]])
-    return Code(
-        kernel=kernel,
-        dtypes=dtypes,
-        sources=sources,
-        target=target,
-        loads=dict(loads),
-        stores=dict(stores),
-        bytes_per_thread=held * sum(sizes),
-        shared_bytes=compiled.metadata.shared,
-        **found,
-    )
-
-
-def _pointer(code: int) -> str:
-    return "*" + next(name for name, number in CODE.items() if number == code)
-
-
-def _weights(count: int, wide: bool) -> tuple:
-    return ((("i64", "i64") if wide else "fp32"),) * count
-
-
-def _linear_source(base: int, sources: list[int], out: int, constants: dict) -> ASTSource:
-    aligned = [["tt.divisibility", 16]]
-    return _source(
-        kernels.linear_kernel,
-        {
-            "base": _pointer(base),
-            "sources": tuple(_pointer(code) for code in sources),
-            "weights": _weights(len(sources), constants["WIDE"]),
-            "thetas": "u64",
-            "count": "i32",
-            "out": _pointer(out),
-            "flag": "*i32",
-            "elems": "i64",
-        },
-        constants,
-        {(0,): aligned, (5,): aligned, **{(1, i): aligned for i in range(len(sources))}},
-    )
-
-
-def _batch_source(base: int, sources: list[int], out: int, constants: dict) -> ASTSource:
-    dtypes = kernels.TRITON_DTYPES
-    return _source(
-        kernels.batch_kernel,
-        {
-            "table": "*i64",
-            "owners": "*i32",
-            "blocks": "i32",
-            "weights": _weights(len(sources), constants["WIDE"]),
-            "thetas": "u64",
-            "count": "i32",
-            "flag": "*i32",
-        },
-        constants
-        | {
-            "BASE": dtypes[base],
-            "SOURCES": tuple(dtypes[code] for code in sources),
-            "OUT": dtypes[out],
-            "ALIGNED": True,
-        },
-        {(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
-    )
-
-
-def _source(kernel: Any, signature: dict, constants: dict, attributes: dict) -> ASTSource:
-    """What Triton's launcher would make of such arguments."""
-    given: dict[tuple[int, ...], Any] = {}
-    for place, name in enumerate(kernel.arg_names):
-        if name not in signature:
-            value = constants[name]
-            if isinstance(value, tuple):
-                signature[name] = ("constexpr",) * len(value)
-                given |= {(place, i): item for i, item in enumerate(value)}
-            else:
-                signature[name] = "constexpr"
-                given[(place,)] = value
-    ordered = {name: signature[name] for name in kernel.arg_names}
-    return ASTSource(fn=kernel, signature=ordered, constexprs=given, attrs=attributes)
-
-
-def _read_nvidia(compiled: CompiledKernel) -> dict[str, Any]:
-    """Tensor accesses are those marked evict-first; the batch's table is read without the mark."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _output("cuobjdump", "-res-usage", file.name)
-        listing = _output("nvdisasm", "-c", file.name)
-    names = re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE
-    )
-    count = _counter(names)
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
-        "spills": count(r"(LDL|STL)\b.*"),
-        "scalar_spills": 0,
-        "loads": _widths(names, r"LDG\.E\.EF(?:\.U?(\d+))?", 32),
-        "stores": _widths(names, r"STG\.E\.EF(?:\.U?(\d+))?", 32),
-        "instructions": len(names) - count("NOP"),
-        "fused_multiply_adds": count(r"[FD]FMA\b.*"),
-        "divisions": count(r"MUFU\.RCP.*") + len(re.findall(r"CALL.*_(?:div|rem)_", listing)),
-    }
-
-
-def _read_amd(compiled: CompiledKernel) -> dict[str, Any]:
-    """Tensor accesses go through buffer descriptors; the batch's table is read without.
-
-    A `v_fma_mix_f32` that multiplies by 1.0 widens one operand of an addition, and is no fusion.
-    """
-    text = compiled.asm["amdgcn"]
-    body = text.partition(".amdhsa_kernel")[0]
-    lines = re.findall(r"^\t([a-z]\w+)(.*)", body, re.MULTILINE)
-    names = [name for name, _ in lines]
-    count = _counter(names)
-    widening = sum(name == "v_fma_mix_f32" and "1.0" in rest for name, rest in lines)
-    bits = {"ushort": 16, "short": 16, "dword": 32, "dwordx2": 64, "dwordx4": 128}
-    named = [re.sub(r"_([a-z]+(?:x\d)?)$", lambda m: f"_{bits.get(m[1], 0)}", n) for n in names]
-    return {
-        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),  # type: ignore[index]
-        "spills": count(r"scratch_.*"),
-        "scalar_spills": int(re.search(r"\.sgpr_spill_count:\s+(\d+)", text)[1]),  # type: ignore[index]
-        "loads": _widths(named, r"buffer_load_(\d+)", 0),
-        "stores": _widths(named, r"buffer_store_(\d+)", 0),
-        "instructions": len(names),
-        "fused_multiply_adds": count(r"v_(pk_)?fma.*") - widening,
-        "divisions": count(r"v_(rcp|div).*"),
-    }
-
-
-def _output(tool: str, *arguments: str) -> str:
-    command = [str(NVIDIA_TOOLS / tool), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _counter(names: list[str]) -> Any:
-    return lambda pattern: sum(re.fullmatch(pattern, name) is not None for name in names)
-
-
-def _widths(names: list[str], pattern: str, default: int) -> Counter[int]:
-    found = (re.fullmatch(pattern, name) for name in names)
-    return Counter(int(match[1] or default) for match in found if match)
+def measure(case: Case, target: str) -> list[Code]:
+    """Compile what a case launches on one target, and read its machine code."""
+    codes = []
+    for kernel in compiled(target, lambda: case.make("cpu", ELEMS).launch()):
+        found = read(kernel)
+        *loaded, written = (8 * size for size in case.tail_bytes or (0, 0))
+        found["loads"] = dict(found["loads"] - Counter(loaded))
+        found["stores"] = dict(found["stores"] - Counter([written]))
+        codes.append(Code(case.kernel, case.dtypes, case.sources, target, **found))
+    return codes
 
 
 def table(codes: list[Code]) -> str:
@@ -283,8 +118,8 @@ def _cell(code: Code) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--kernel", type=click.Choice(["linear", "batch"]), multiple=True, help="Only these.")
-@click.option("--dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Only these.")
+@click.option("--kernel", multiple=True, help="Only those whose name begins so.")
+@click.option("--dtypes", multiple=True, help="Only these.")
 @click.option("--sources", type=click.IntRange(1, 64), multiple=True, help="Only these numbers.")
 @click.option("--target", type=click.Choice(list(TARGETS)), multiple=True, help="Only these.")
 def main(
@@ -298,29 +133,36 @@ def main(
     Without options every variant is compiled, which takes minutes, and results/aot is rewritten.
     """
     chosen = [
-        (kernel_name, dtypes_name, count, target_name)
-        for kernel_name in kernel or ("linear", "batch")
-        for dtypes_name in dtypes or DTYPES
-        for count in sources or COUNTS
-        for target_name in target or TARGETS
+        (case, name)
+        for case in cases()
+        for name in target or TARGETS
+        if (not kernel or case.kernel.startswith(kernel))
+        and (not dtypes or case.dtypes in dtypes)
+        and (not sources or case.sources in sources)
     ]
-    codes = [measure(*one) for one in tqdm(chosen, unit="kernel", file=sys.stderr)]
+    codes = [code for one in tqdm(chosen, unit="kernel", file=sys.stderr) for code in measure(*one)]
     report = {"triton": triton.__version__, "codes": codes}
     text = table(codes)
     click.echo(text)
     if not (kernel or dtypes or sources or target):
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        encoded = msgspec.json.format(msgspec.json.encode(report), indent=1)
-        (RESULTS / "kernels_aot.json").write_bytes(encoded + b"\n")
-        (RESULTS / "kernels_aot.md").write_text(
-            "# Machine code of the GPU kernels\n\n"
-            f"Triton {triton.__version__}, from `python -m benchmarks.kernels_aot`. Registers per"
-            " thread · instructions. Where nothing else is said every bulk access is 128 bits wide"
-            " and there are no spills, no fused multiply-adds, no divisions and no shared memory."
-            f"\n\n{text}\n",
-            "utf-8",
-        )
+        write(report, text)
     click.echo(msgspec.json.encode(report).decode())
+
+
+def write(report: dict, text: str) -> None:
+    """The committed report."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    encoded = msgspec.json.format(msgspec.json.encode(report), indent=1)
+    (RESULTS / "kernels_aot.json").write_bytes(encoded + b"\n")
+    (RESULTS / "kernels_aot.md").write_text(
+        "# Machine code of the GPU kernels\n\n"
+        f"Triton {triton.__version__}, from `python -m benchmarks.kernels_aot`. Registers per"
+        " thread · instructions. Where nothing else is said every bulk access is 128 bits wide"
+        " and there are no spills, no fused multiply-adds, no divisions and no shared memory."
+        " Fused operations and divisions of `ties` and `sce` are those of correctly rounded"
+        f" quotients, of fp32 factors those of the product.\n\n{text}\n",
+        "utf-8",
+    )
 
 
 if __name__ == "__main__":

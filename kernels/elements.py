@@ -101,6 +101,7 @@ _FLOAT, _HALF = ir.FloatType(), ir.HalfType()
 f32_of_bits = _conversion(types.uint32, types.float32, lambda b, v: b.bitcast(v, _FLOAT))
 bits_of_f32 = _conversion(types.float32, types.uint32, lambda b, v: b.bitcast(v, ir.IntType(32)))
 bits_of_f64 = _conversion(types.float64, types.uint64, lambda b, v: b.bitcast(v, ir.IntType(64)))
+f64_of_bits = _conversion(types.uint64, types.float64, lambda b, v: b.bitcast(v, ir.DoubleType()))
 # IEEE half precision goes through LLVM's own type: one hardware instruction each way, exact up,
 # to nearest even down.
 f32_of_half = _conversion(

@@ -76,7 +76,8 @@ def linear(
     if elems:
         with on_device(base):
             linear_kernel[(triton.cdiv(elems, constants["BLOCK"]),)](
-                bits(base, base_code), bits(out, out_code), tuple(map(bits, operands, codes)), packed,
+                bits(base, base_code), bits(out, out_code),
+                tuple(map(bits, operands, codes)), packed,
                 mask_of_models(is_delta), count, flag, elems,
                 ADD_BASE=add_base, **constants, **OPTIONS,
             )  # fmt: skip

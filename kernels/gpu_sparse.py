@@ -84,7 +84,7 @@ def merge(
         for i, kind in enumerate(masks.rows[:-1, 0])
         if kind != DROP and not (kind == CHANCE and masks.rows[i, 7] == 0)
     ]
-    shared = masks.rows[-1, 0] == CUT
+    shared = bool(masks.rows[-1, 0] == CUT)
     if shared:
         used = list(range(len(inputs.sources)))  # the variance is that of all
     sources, codes = ([values[i] for i in used] for values in (inputs.sources, inputs.codes))
@@ -107,7 +107,7 @@ def merge(
     constants["HELD"] = held = max(2, min(constants["HELD"], 4 if constants["WIDE"] else 8))
     constants["BLOCK"] = block = NUM_WARPS * warp_threads() * held
     kinds = set(masks.rows[used, 0].tolist())
-    elems = inputs.base.numel()
+    elems = inputs.base.shape[0]
     if elems:
         with on_device(out):
             merge_kernel[(triton.cdiv(elems, block),)](
@@ -145,7 +145,7 @@ def norms(inputs: Inputs, masks: Masks, block_elems: int, sums: np.ndarray) -> N
     _check(masks, inputs)
     if block_elems % GRANULE:
         raise ValueError(f"blocks of {block_elems} elements; whole granules expected")
-    shared, elems = masks.rows[-1, 0] == CUT, inputs.base.numel()
+    shared, elems = bool(masks.rows[-1, 0] == CUT), inputs.base.shape[0]
     first_block = inputs.start // block_elems
     for i, kind in enumerate(masks.rows[:-1, 0]):
         if kind == DROP or not elems:
@@ -162,7 +162,7 @@ def norms(inputs: Inputs, masks: Masks, block_elems: int, sums: np.ndarray) -> N
         with on_device(base):
             norms_kernel[(programs,)](
                 base, sources, rows, i if shared else 0, thetas, number, inputs.start, elems,
-                partial, CUTS=kind == CUT, CHANCES=kind == CHANCE, SHARED=shared,
+                partial, CUTS=bool(kind == CUT), CHANCES=bool(kind == CHANCE), SHARED=shared,
                 **constants, **OPTIONS,
             )  # fmt: skip
         totals = partial.reshape(blocks, each, 3).sum(1)
@@ -197,8 +197,8 @@ def _place(inputs: Inputs, masks: Masks, i: int, mask: np.ndarray, row: torch.Te
     for cut in (0, 1):
         key, granule, quota = mask[1 + 3 * cut : 4 + 3 * cut].tolist()
         start = granule * GRANULE - inputs.start
-        if quota and 0 <= start < inputs.base.numel():
-            keys = _magnitudes(inputs, masks, i, start, min(GRANULE, inputs.base.numel() - start))
+        if quota and 0 <= start < inputs.base.shape[0]:
+            keys = _magnitudes(inputs, masks, i, start, min(GRANULE, inputs.base.shape[0] - start))
             so_far = (keys == key).cumsum(0)
             row[2 * cut + 1] = granule * GRANULE + 1 + torch.searchsorted(so_far, quota)
 
@@ -221,9 +221,9 @@ def _count(
     device = inputs.base.device
     width = (HIGH, LOW, 1)[stage]
     bins = torch.zeros((COPIES if stage < 2 else 1, width), dtype=torch.int32, device=device)
-    own = triton.cdiv(inputs.start + inputs.base.numel(), GRANULE)
+    own = triton.cdiv(inputs.start + inputs.base.shape[0], GRANULE)
     equal = torch.zeros(max(granules, own), dtype=torch.int64, device=device)
-    if inputs.base.numel():
+    if inputs.base.shape[0]:
         _launch_count(inputs, masks, i, stage, wanted, bins, equal, bins)
     return bins, equal[:granules]
 
@@ -233,8 +233,9 @@ def _launch_count(
     bins: torch.Tensor, equal: torch.Tensor, keys: torch.Tensor,
 ) -> None:  # fmt: skip
     arguments, constants = _keyed(inputs, masks.measure == VARIANCE, i)
-    elems = inputs.base.numel()
-    with on_device(inputs.base):
+    elems = inputs.base.shape[0]
+    base: Any = inputs.base
+    with on_device(base):
         count_kernel[(triton.cdiv(elems, constants["BLOCK"]),)](
             *arguments, elems, wanted, inputs.start, bins, equal, keys,
             STAGE=stage, COPIES=COPIES, BINS=(HIGH, LOW, 1, 1)[stage],
@@ -245,10 +246,9 @@ def _launch_count(
 def _keyed(inputs: Inputs, shared: bool, i: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Operands of kernels that look at one source, or at all where the measure is `shared`."""
     chosen = range(len(inputs.sources)) if shared else [i]
-    sources, codes, is_delta = (
-        [values[k] for k in chosen] for values in (inputs.sources, inputs.codes, inputs.is_delta)
-    )
-    padded = with_nulls(inputs.base_code, codes)
+    sources = [inputs.sources[k] for k in chosen]
+    is_delta = [inputs.is_delta[k] for k in chosen]
+    padded = with_nulls(inputs.base_code, [inputs.codes[k] for k in chosen])
     operands = tuple(map(bits, with_nulls(inputs.base, sources), padded))
     base = bits(inputs.base, inputs.base_code)
     constants = {

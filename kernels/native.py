@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -51,6 +52,7 @@ _C_TYPES: dict[str, Any] = {
 }
 
 _lock = threading.RLock()
+_log = logging.getLogger(__name__)
 
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Callable[..., Any]]]:
@@ -113,6 +115,7 @@ def _obtain(factory: Callable[..., Any], constants: tuple, signature: str) -> Ca
     path = folder / f"{name}-{key.hex()[:24]}" if folder else None
     code = _read(path, key) if path else None
     if code is None:
+        _say_once()
         code = _compile(factory(*constants), signature, name)
         if path:
             _write(path, key, code)
@@ -121,6 +124,12 @@ def _obtain(factory: Callable[..., Any], constants: tuple, signature: str) -> Ca
     function = ctypes.CFUNCTYPE(result, *arguments)(address)
     function.memory = memory  # type: ignore[attr-defined]  # the code lives as long as the function
     return function
+
+
+@functools.cache
+def _say_once() -> None:
+    """Compiling takes seconds: tell whoever asked logging for INFO, as the program does."""
+    _log.info("compiling kernels for this processor, once; this takes some seconds")
 
 
 # What the code depends on.

@@ -184,11 +184,11 @@ def _divergence(wide: bool) -> Any:
     opened, dtype = _opened(), np.float64 if wide else np.float32
 
     def function(arguments):  # type: ignore[no-untyped-def]
-        p = array(arguments, np.int64, (13,))
+        p = array(arguments, np.int64, (14,))
         addresses, forms, is_delta, base, values = opened(p, dtype)
         divergence(
-            addresses, forms, is_delta, p[2], p[3], p[9],
-            array(p[10], np.float64, (1,))[0], base, values, array(p[11], np.float64, (p[12],)),
+            addresses, forms, is_delta, p[2], p[3], p[9], array(p[10], np.float64, (1,))[0], base,
+            values, array(p[11], np.float64, (2, BLOCK)), array(p[12], np.float64, (p[13],)),
         )  # fmt: skip
 
     return function
@@ -203,5 +203,6 @@ def divergence(operands: Operands, row: int, eps: float, out: np.ndarray) -> Non
         row: length of a row; a tile holds whole ones.
         out: (rows of the tensor,) fp64.
     """
-    arguments = [*_arguments(operands), row, np.array([eps]), out, out.shape[0]]
+    arguments = [*_arguments(operands), row, np.array([eps]), np.empty((2, BLOCK))]
+    arguments += [out, out.shape[0]]
     call(_divergence(operands.wide), arguments)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from .blocks import loop, store, upcast
+from .exponentials import exp_down, log_near
 from .reference_methods import BLOCK
 
 
@@ -133,28 +134,60 @@ def combine(
 
 
 @loop
-def divergence(addresses, forms, is_delta, start, elems, row, eps, base, values, out):
+def _raise_tops(theta, base, n, tops):
+    """tops[0, j], tops[1, j] = the largest of source and base seen in lane j."""
+    for j in range(n):
+        a, b = np.float64(theta[j]), np.float64(base[j])
+        tops[0, j] = a if a > tops[0, j] else tops[0, j]
+        tops[1, j] = b if b > tops[1, j] else tops[1, j]
+
+
+@loop
+def _add_exps(theta, base, n, top_p, top_q, sums):
+    """Add exp(value - top) of source and base, each to its own lane."""
+    for j in range(n):
+        sums[0, j] = sums[0, j] + exp_down(np.float64(theta[j]) - top_p)
+        sums[1, j] = sums[1, j] + exp_down(np.float64(base[j]) - top_q)
+
+
+@loop
+def _add_terms(theta, base, n, top_p, top_q, over_p, over_q, eps, sums):
+    """Add (p + eps) log((p + eps) / (q + eps)), each to its own lane."""
+    for j in range(n):
+        p = exp_down(np.float64(theta[j]) - top_p) * over_p + eps
+        q = exp_down(np.float64(base[j]) - top_q) * over_q + eps
+        sums[0, j] = sums[0, j] + p * log_near(p / q)
+
+
+@loop
+def divergence(addresses, forms, is_delta, start, elems, row, eps, base, values, lanes, out):
     """out[row] = sum of (p + eps) log((p + eps) / (q + eps)), at least 0, of each row.
 
-    p = softmax of the source's row, q = softmax of the base's.
+    p = softmax of the source's row, q = softmax of the base's. lanes: (2, BLOCK) fp64.
     """
+    theta = values[0]
     for number in range(elems // row):
-        top_p, top_q = -math.inf, -math.inf
-        sum_p, sum_q, total = 0.0, 0.0, 0.0
+        top_p, top_q, sum_p, sum_q = -math.inf, -math.inf, 0.0, 0.0
         for stage in range(3):
+            for j in range(BLOCK):
+                lanes[0, j] = lanes[1, j] = -math.inf if stage == 0 else 0.0
             for begin in range(0, row, BLOCK):
                 n = min(BLOCK, row - begin)
                 _values(addresses, forms, is_delta, False, number * row + begin, n, base, values)
-                for j in range(n):
-                    a, b = np.float64(values[0, j]), np.float64(base[j])
-                    if stage == 0:
-                        top_p = max(top_p, a)
-                        top_q = max(top_q, b)
-                    elif stage == 1:
-                        sum_p += math.exp(a - top_p)
-                        sum_q += math.exp(b - top_q)
-                    else:
-                        p = math.exp(a - top_p) / sum_p + eps
-                        q = math.exp(b - top_q) / sum_q + eps
-                        total += p * math.log(p / q)
-        out[start // row + number] = 0.0 if total < 0.0 else total
+                if stage == 0:
+                    _raise_tops(theta, base, n, lanes)
+                elif stage == 1:
+                    _add_exps(theta, base, n, top_p, top_q, lanes)
+                else:
+                    over_p, over_q = 1.0 / sum_p, 1.0 / sum_q
+                    _add_terms(theta, base, n, top_p, top_q, over_p, over_q, eps, lanes)
+            used = min(BLOCK, row)
+            if stage == 0:
+                for j in range(used):
+                    top_p, top_q = max(top_p, lanes[0, j]), max(top_q, lanes[1, j])
+            else:
+                sum_p, sum_q = 0.0, 0.0
+                for j in range(used):
+                    sum_p += lanes[0, j]
+                    sum_q += lanes[1, j]
+        out[start // row + number] = 0.0 if sum_p < 0.0 else sum_p

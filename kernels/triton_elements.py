@@ -31,6 +31,16 @@ _E4M3, _E5M2 = map(tl.constexpr, (reference.F8_E4M3, reference.F8_E5M2))
 _INT8, _INT4, _GROUP = map(tl.constexpr, (INT8, INT4, GROUP))
 
 
+_plus = tl.standard._sum_combine
+"""What `tl.sum` adds with. That itself is interpreted only if Triton was, when it was imported."""
+
+
+@triton.jit
+def total_of(values):
+    """The sum of a block, in a fixed order."""
+    return tl.reduce(values, 0, _plus)
+
+
 @triton.jit
 def upcast(stored, CODE: tl.constexpr, DTYPE: tl.constexpr):
     """Stored bits as numbers, exactly, in DTYPE (fp32 or fp64)."""
@@ -135,9 +145,9 @@ def _to_f8(value, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, END: tl.constexp
     normal = tl.minimum(nearest, END + ((LOWEST + 126) << MANTISSA)) - ((LOWEST + 126) << MANTISSA)
     # Denormals are multiples of one step: an fp32 whose last bit is worth it counts them.
     counter: tl.constexpr = (127 + LOWEST - MANTISSA + 23) << 23
-    counted = magnitude.to(tl.float32, bitcast=True) + tl.full(
-        value.shape, counter, tl.uint32
-    ).to(tl.float32, bitcast=True)
+    counted = magnitude.to(tl.float32, bitcast=True) + tl.full(value.shape, counter, tl.uint32).to(
+        tl.float32, bitcast=True
+    )
     denormal = counted.to(tl.uint32, bitcast=True) - counter
     byte = tl.where(magnitude < ((127 + LOWEST) << 23), denormal, normal)
     byte = tl.where(magnitude > 0x7F800000, 0x7F, byte)
@@ -185,7 +195,7 @@ def report_nonfinite(stored, CODE: tl.constexpr, flag, HELD: tl.constexpr):
     elif CODE == _F32:
         exponent = stored & 0x7F800000
         top = 0x7F800000
-    elif CODE == _BF16 or CODE == _F16:
+    elif CODE == _BF16 or CODE == _F16:  # noqa: SIM109
         top = 0x7F80 if CODE == _BF16 else 0x7C00
         exponent = stored.to(tl.int32) & top
     else:

@@ -38,7 +38,7 @@ def _merge_part(
     MASKED: tl.constexpr, CODES: tl.constexpr, WIDE: tl.constexpr, ADD_BASE: tl.constexpr,
     ELEMS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """The arithmetic, on ELEMS elements from `start`; where MASKED, only `left` of them are there."""
+    """The arithmetic, on ELEMS elements from `start`; where MASKED, `left` of them are there."""
     base, out, sources = operands
     weights, thetas, count = terms
     lane = tl.arange(0, ELEMS)
@@ -78,9 +78,7 @@ def _merge_block(
     thread at a time: a masked copy of the big piece would need up to three times the registers.
     """
     if start + BLOCK <= elems:
-        _merge_part(
-            operands, terms, flag, start, BLOCK, False, CODES, WIDE, ADD_BASE, BLOCK, HELD
-        )
+        _merge_part(operands, terms, flag, start, BLOCK, False, CODES, WIDE, ADD_BASE, BLOCK, HELD)
     else:
         for at in range(start, elems, BLOCK // HELD):
             tl.debug_barrier()  # or the compiler unrolls the loop, and holds more than it can

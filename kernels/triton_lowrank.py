@@ -65,41 +65,65 @@ def _factor(stored, CODE: tl.constexpr, AS_F32: tl.constexpr):
         return stored.to(tl.float16, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit
+def _number(entry, EIGHTS: tl.constexpr):
+    """An int64 of a table, known to be a multiple of 8 where EIGHTS."""
+    value = tl.load(entry)
+    return tl.multiple_of(value, 8) if EIGHTS else value
+
+
+@triton.jit
+def _part(
+    factor, first_row, first_column, rows, columns, apart,
+    BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS x COLUMNS of a rows x columns factor; its rows, or else its columns, lie `apart`.
+
+    Offsets within the part are 32 bits wide, which takes half the registers.
+    """
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = (row < rows - first_row)[:, None] & (column < columns - first_column)[None, :]
+    if BY_ROW:
+        start = factor + first_row * apart + first_column
+        at = row[:, None] * apart.to(tl.int32) + column[None, :]
+    else:
+        start = factor + first_column * apart + first_row
+        at = row[:, None] + column[None, :] * apart.to(tl.int32)
+    return tl.load(start + at, inside, 0)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def lowrank_kernel(
-    base, out, lefts, rights, ranks, strides, scales, weights, flag, rows: tl.int64,
-    columns: tl.int64,
-    CODES: tl.constexpr, AS_F32: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    base, out, lefts, rights, table, scales, weights, flag, rows: tl.int64, columns: tl.int64,
+    CODES: tl.constexpr, BY_ROW: tl.constexpr, EIGHTS: tl.constexpr, AS_F32: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of the matrix per program; neighbours in a row of tiles share the left factor.
 
-    ranks: int64, of each adapter; strides: int64, four of each: left's and right's. CODES: of base,
-    out and factors. AS_F32: widen the factors first, where the interpreter multiplies raw bits.
+    table: int64, three of each adapter: its rank, and what separates the rows (where BY_ROW, for
+    each factor) or columns of left and of right. CODES: of base, out and factors. EIGHTS: all of
+    the table, and `columns`, are multiples of 8. AS_F32: widen the factors first, where the
+    interpreter multiplies raw bits.
     """
-    across = tl.cdiv(columns, BLOCK_N)
-    first_row = tl.program_id(0).to(tl.int64) // across * BLOCK_M
-    first_column = tl.program_id(0).to(tl.int64) % across * BLOCK_N
-    row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+    first_column = tl.program_id(0).to(tl.int64) * BLOCK_N
+    first_row = tl.program_id(1).to(tl.int64) * BLOCK_M
     real: tl.constexpr = tl.float64 if WIDE else tl.float32
     total = tl.full((BLOCK_M, BLOCK_N), 0.0, real)
     for i in tl.static_range(len(lefts)):
-        rank = tl.load(ranks + i)
-        left_row, left_k = tl.load(strides + 4 * i), tl.load(strides + 4 * i + 1)
-        right_k, right_column = tl.load(strides + 4 * i + 2), tl.load(strides + 4 * i + 3)
+        rank = _number(table + 3 * i, EIGHTS)
+        left_apart, right_apart = (
+            _number(table + 3 * i + 1, EIGHTS),
+            _number(table + 3 * i + 2, EIGHTS),
+        )
         product = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-        for begin in range(0, rank, BLOCK_K):
-            k = begin + tl.arange(0, BLOCK_K)
-            left = tl.load(
-                lefts[i] + row[:, None] * left_row + k[None, :] * left_k,
-                (row < rows)[:, None] & (k < rank)[None, :],
-                0,
+        for k in range(0, rank.to(tl.int32), BLOCK_K):
+            left = _part(
+                lefts[i], first_row, k, rows, rank, left_apart, BY_ROW[2 * i], BLOCK_M, BLOCK_K
             )
-            right = tl.load(
-                rights[i] + k[:, None] * right_k + column[None, :] * right_column,
-                (k < rank)[:, None] & (column < columns)[None, :],
-                0,
-            )
+            right = _part(
+                rights[i], k, first_column, rank, columns, right_apart, BY_ROW[2 * i + 1], BLOCK_K,
+                BLOCK_N,
+            )  # fmt: skip
             product = tl.dot(
                 _factor(left, CODES[2 + i], AS_F32),
                 _factor(right, CODES[2 + i], AS_F32),
@@ -107,8 +131,9 @@ def lowrank_kernel(
                 input_precision="ieee",
             )
         total += weight(weights[i], WIDE) * (scales[i] * product).to(real)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row[:, None] * columns + column[None, :]
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = (row < rows - first_row)[:, None] & (column < columns - first_column)[None, :]
+    at = first_row * columns + first_column + row[:, None] * columns + column[None, :]
     old = upcast(tl.load(base + at, inside, 0, eviction_policy="evict_first"), CODES[0], real)
     stored = rounded(tl.where(total == 0.0, old, old + total), CODES[1])
     report_nonfinite(tl.reshape(stored, (BLOCK_M * BLOCK_N,)), CODES[1], flag, 1)
@@ -145,27 +170,35 @@ def low_rank(
     for left, right, code, _ in adapters:
         rank = left.shape[1]
         if (left.shape, right.shape) != ((rows, rank), (rank, columns)) or rank > MAX_RANK:
-            raise ValueError(
-                f"factors {tuple(left.shape)} and {tuple(right.shape)} for a matrix {(rows, columns)}"
-            )
+            shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
+            raise ValueError(f"factors {shapes} for a matrix {(rows, columns)}")
         if code not in (BF16, F16, F32):
             raise ValueError(f"factors of code {code}; bf16, fp16 or fp32 expected")
     wide = accumulates_in_fp64(base_code, [], out_code)
     packed = packed_weights(weights, len(adapters), len(adapters), wide)
     if not base.numel():
         return flag
-    ranks = [a.left.shape[1] for a in adapters]
-    strides = [[*a.left.stride(), *a.right.stride()] for a in adapters]
+    by_row, table = [], []
+    for left, right, _, _ in adapters:
+        for factor in (left, right):
+            if 1 not in factor.stride() and min(factor.shape) > 1:
+                raise ValueError(
+                    f"a factor with strides {factor.stride()}; rows or columns expected"
+                )
+            by_row.append(factor.stride(1) == 1)
+        table += [left.shape[1], *(max(factor.stride()) for factor in (left, right))]
     single = any(a.code == F32 for a in adapters)
-    m, n, k = (32, 32, 16) if single or wide else (64, 64, 16 if max(ranks, default=0) <= 16 else 32)
+    narrow = max(table[::3], default=0) <= 16
+    m, n, k = (32, 32, 16) if single or wide else (64, 64, 16 if narrow else 32)
     with on_device(base):
-        lowrank_kernel[(triton.cdiv(rows, m) * triton.cdiv(columns, n),)](
+        lowrank_kernel[(triton.cdiv(columns, n), triton.cdiv(rows, m))](
             bits(base, base_code), bits(out, out_code),
             tuple(bits(a.left, a.code) for a in adapters),
             tuple(bits(a.right, a.code) for a in adapters),
-            torch.tensor(ranks or [0]).to(base.device), torch.tensor(strides or [0]).to(base.device),
+            torch.tensor(table or [0]).to(base.device, non_blocking=True),
             tuple(float(a.scale) for a in adapters), packed, flag, rows, columns,
-            CODES=(base_code, out_code, *(a.code for a in adapters)), AS_F32=INTERPRETED,
+            CODES=(base_code, out_code, *(a.code for a in adapters)), BY_ROW=tuple(by_row),
+            EIGHTS=not any(number % 8 for number in (*table, columns)), AS_F32=INTERPRETED,
             WIDE=wide, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **OPTIONS,
         )  # fmt: skip
     return flag

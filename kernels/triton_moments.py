@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .reference_methods import GRANULE
-from .triton_elements import load_where
+from .triton_elements import load_where, total_of
 from .triton_launch import NUM_WARPS, OPTIONS, bits, mask_of_models, on_device, with_nulls
 
 CHUNK = 8
@@ -60,12 +60,12 @@ def _moments_part(
         values += (tl.where(there, value, 0.0),)  # type: ignore[assignment]
         exponent = value.to(tl.int32, bitcast=True) & 0x7F800000
         zeros, infinite = (value == 0.0) & there, (exponent == 0x7F800000) & there
-        tl.store(counts + 2 * i, tl.sum(zeros.to(tl.int32)))
-        tl.store(counts + 2 * i + 1, tl.sum(infinite.to(tl.int32)))
+        tl.store(counts + 2 * i, total_of(zeros.to(tl.int32)))
+        tl.store(counts + 2 * i + 1, total_of(infinite.to(tl.int32)))
     for a in tl.static_range(len(sources)):
         for b in tl.static_range(a, len(sources)):
-            product = values[a].to(tl.float64) * values[b].to(tl.float64)
-            tl.store(products + a * len(sources) + b, tl.sum(product))
+            total = total_of(values[a].to(tl.float64) * values[b].to(tl.float64))
+            tl.store(products + a * len(sources) + b, total)
 
 
 @triton.jit(do_not_specialize=["minus", "plus", "count", "elems"])
@@ -123,8 +123,10 @@ def moments(
     for a, rows in enumerate(groups):
         for columns in groups[a + 1 :] or ([rows] if len(groups) == 1 else []):
             chosen = list(dict.fromkeys([*rows, *columns]))
-            own = [[values[i] for i in chosen] for values in (sources, codes, is_delta)]
-            part = _launch(first, base, base_code, *own, from_base, blocks)
+            part = _launch(
+                first, base, base_code, [sources[i] for i in chosen], [codes[i] for i in chosen],
+                [is_delta[i] for i in chosen], from_base, blocks,
+            )  # fmt: skip
             made.products[:, torch.tensor(chosen)[:, None], torch.tensor(chosen)] = part.products
             made.zeros[chosen], made.nonfinite[chosen] = part.zeros, part.nonfinite
     return made

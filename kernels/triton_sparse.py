@@ -1,7 +1,7 @@
 """Sparse merges on GPUs: mask every source's delta, elect signs, sum and round, in one pass.
 
-`kernels.reference_methods` is the specification, and every number equals the CPU's to the bit: masks
-are recomputed from thresholds (TIES, Breadcrumbs), from Philox counters (DARE) or from the
+`kernels.reference_methods` is the specification, and every number equals the CPU's to the bit:
+masks are recomputed from thresholds (TIES, Breadcrumbs), from Philox counters (DARE) or from the
 variance of the deltas (SCE), terms are added in the order of the sources, multiply and add stay
 apart, divisions are correctly rounded. `kernels.gpu_sparse` launches these kernels.
 
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from .reference_methods import COUNT, GRANULE, NO_CONSENSUS
-from .triton_elements import load_where, raise_where, report_nonfinite, rounded
+from .triton_elements import load_where, raise_where, report_nonfinite, rounded, total_of
 
 ROW = 9
 """int64s that describe a source's mask."""
@@ -175,9 +175,7 @@ def _merge_part(
     total, plus_terms, minus_terms, plus_divisor, minus_divisor = zero, zero, zero, zero, zero
     kept = inside
     if SHARED:
-        keys = variance(
-            old, sources, thetas, count, start, inside, CODES, WIDE, ELEMS, HELD
-        )
+        keys = variance(old, sources, thetas, count, start, inside, CODES, WIDE, ELEMS, HELD)
         kept = _between(keys, rows + len(sources) * _ROW, first + start, ELEMS)
     for i in tl.static_range(len(sources)):
         value = _delta(
@@ -252,9 +250,7 @@ def _keys(
     if SHARED:
         return variance(old, sources, thetas, count, start, inside, CODES, WIDE, ELEMS, 1)
     else:
-        value = _delta(
-            sources[0], CODES[2], 0, count, thetas, old, start, inside, WIDE, ELEMS, 1
-        )
+        value = _delta(sources[0], CODES[2], 0, count, thetas, old, start, inside, WIDE, ELEMS, 1)
         return magnitude(value)
 
 
@@ -275,13 +271,13 @@ def _count_part(
             chosen, bin_ = inside & ((key >> 16) == wanted), key & 0xFFFF
         else:
             chosen, bin_ = inside & (key == wanted), key & 0
-        lowest = tl.sum((chosen & (bin_ == 0)).to(tl.int32))
+        lowest = total_of((chosen & (bin_ == 0)).to(tl.int32))
         if STAGE < 2:
             copy = bins + (tl.program_id(0) % COPIES) * BINS
             tl.atomic_add(copy + bin_, 1, chosen & (bin_ != 0), sem="relaxed")
             if lowest > 0:
                 tl.atomic_add(copy, lowest, sem="relaxed")
-        if STAGE > 0:
+        if STAGE > 0:  # noqa: SIM102 (one of the two is known when compiling)
             if lowest > 0:
                 where = equal + (granule + at) // _GRANULE
                 tl.atomic_add(where, lowest.to(tl.int64), sem="relaxed")
@@ -335,9 +331,9 @@ def _norms_part(
         )
         value = tl.where(tl.full((BLOCK,), i, tl.int32) == which, delta, value)
     left = masked(value, rows, 0, first + start, kept, CUTS, CHANCES, SHARED, BLOCK).to(tl.float64)
-    tl.store(sums, tl.sum(tl.abs(value).to(tl.float64)))
-    tl.store(sums + 1, tl.sum(tl.abs(left)))
-    tl.store(sums + 2, tl.sum(left * left))
+    tl.store(sums, total_of(tl.abs(value).to(tl.float64)))
+    tl.store(sums + 1, total_of(tl.abs(left)))
+    tl.store(sums + 2, total_of(left * left))
 
 
 @triton.jit(do_not_specialize=["which", "thetas", "count", "first", "elems"])

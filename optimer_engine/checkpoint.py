@@ -158,15 +158,25 @@ class Checkpoint:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise CheckpointError(f"cannot be opened: {error.strerror}", where=str(path)) from error
+            raise CheckpointError(
+                f"cannot be opened: {error.strerror}",
+                where=str(path),
+                todo="check the file, its permissions and where it links to",
+            ) from error
         self.files.append(_File(path, fd, _identity(fd)))
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CheckpointError("is not a regular file", where=str(path))
+            raise CheckpointError(
+                "is not a regular file", where=str(path), todo="copy the original file there"
+            )
         tensors, metadata = read_header(fd, path, len(self.files) - 1)
         twice = sorted(tensors.keys() & self.tensors.keys())
         if twice:
             other = self.files[self.tensors[twice[0]].file].path.name
-            raise CheckpointError(f"{quoted(twice[0])} lies here and in {other}", where=str(path))
+            raise CheckpointError(
+                f"{quoted(twice[0])} lies here and in {other}",
+                where=str(path),
+                todo="download or save the checkpoint again",
+            )
         self.tensors.update(sorted(tensors.items(), key=lambda item: item[1].offset))
         self.metadata = self.metadata or metadata
 

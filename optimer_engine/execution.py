@@ -121,10 +121,10 @@ class Execution:
         self.jobs: list[_Job] = []
 
     def begin(self) -> Downloads:
-        """Leave out the runs that an earlier run made; the downloads for the others."""
+        """Leave out runs of nothing and what an earlier run made; the downloads for the others."""
         runs = []
         for run in self.plan.runs():
-            if self.sink.has(run, 0, run.elems):
+            if not run.elems or self.sink.has(run, 0, run.elems):
                 self.emit(Advanced(run.elems * run.out.dtype.itemsize))
             else:
                 runs.append(run)

@@ -193,13 +193,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_regular(path: Path) -> bytes:
     # O_NONBLOCK: a FIFO must be refused, not waited for.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb") as file:  # noqa: PTH123
+    try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             _bad(path, "is not a regular file")
         if found.st_size > MAX_JSON_BYTES:
             _bad(path, f"{found.st_size} bytes, at most {MAX_JSON_BYTES} expected")
-        content = file.read(MAX_JSON_BYTES + 1)
+        content = os.pread(fd, found.st_size, 0)
+    finally:
+        os.close(fd)
     if content.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             "this is a Git LFS pointer, not the file", where=str(path), todo="run `git lfs pull`"

@@ -71,7 +71,8 @@ def read_header(fd: int, path: Path, file: int) -> tuple[dict[str, TensorInfo], 
         _refuse(path, f"header of {length} bytes in a file of {size} bytes")
     raw = os.pread(fd, length, 8)
     header = _decode(raw, path)
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _refuse(path, "__metadata__ is not a map from text to text")
     if len(header) > MAX_TENSORS:

@@ -8,6 +8,7 @@ rules of YAML 1.2 only, without infinities and NaN.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -59,6 +60,16 @@ for _tag, _pattern, _first in _CORE:
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first
     )
+
+
+def _finite(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    value = loader.construct_yaml_float(node)
+    if not math.isfinite(value):
+        _refuse(f"{node.value} is too large a number", node)
+    return float(value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _finite)
 
 
 def _refuse(problem: str, at: Any) -> None:

@@ -7,6 +7,7 @@ cannot be written, 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM.
 from __future__ import annotations
 
 import importlib
+import logging
 import signal
 import sys
 from types import FrameType
@@ -23,9 +24,10 @@ _COMMANDS = {
     "merge": "Merge a base and weighted sources into a new checkpoint.",
     "pack": "Store a distribution vector small: exact, bf16, int8, int4 or low rank.",
     "plan": "Say what a merge would read, write and need.",
+    "pool": "Keep distribution vectors of one base: add, list, verify, push, pull.",
     "report": "Write a search as one HTML page.",
     "search": "Search the weights of a merge for an objective.",
-    "train": "Continually pre-train a base on a dataset, with HF Trainer.",
+    "train": "Continually pre-train a base: on a dataset, a mixture, or a pool of them.",
     "unpack": "Restore the trained checkpoint from its base and an exact vector.",
     "verify": "Check that an output is whole and unchanged.",
 }
@@ -82,6 +84,11 @@ def main() -> None:
     for name in _SIGNALS:
         if signal.getsignal(name) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(name, _stop)
+    kernels = logging.getLogger("optimer_engine.kernels")
+    notices = logging.StreamHandler()
+    notices.setFormatter(logging.Formatter("optimer: %(message)s"))
+    kernels.addHandler(notices)
+    kernels.setLevel(logging.INFO)
     debug = "--debug" in sys.argv[1:]
     try:
         optimer(standalone_mode=False)

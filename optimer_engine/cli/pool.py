@@ -26,7 +26,7 @@ def command() -> None:
     Examples:
       optimer pool add pool runs/ja --license cc-by-4.0
       optimer pool list pool
-      optimer merge --base org/base --add ja=pool/ja=0.4 -o merged
+      optimer merge --base org/base --add pool/ja=0.4 -o merged
       optimer pool push pool org/vectors
     """
 

@@ -54,7 +54,7 @@ Its own licence applies to whatever is merged from it.
 ```
 pip install optimer-engine
 optimer pool pull {repo} pool
-optimer merge --base {manifest.base} --add {first}=pool/{first}=0.5 -o merged
+optimer merge --base {manifest.base} --add pool/{first}=0.5 -o merged
 ```
 
 `pool.json` lists every file with its sha256; `optimer pool verify pool` checks them.

@@ -126,6 +126,7 @@ def test_overflow_of_the_output_is_named(case, tmp_path, write_checkpoint):
         ("base: b\nbase: c\nsources: []", ["line 2", "'base' stands twice"]),
         ("base: b\nsources: [{name: a, model: m, weight: .nan}]", ["weight"]),
         ("base: b\nsources: [{name: a, model: m, weight: .inf}]", ["weight"]),
+        ("base: b\nsources: [{name: a, model: m, parameters: {x: 1e999}}]", ["line 2", "1e999"]),
         ("base: b\nsources: [{name: a, model: m}, {name: a, model: n}]", ["twice: a"]),
         ("base: &x b\nsources: [{name: a, model: *x}]", ["anchors"]),
         ("base: !!python/object:os.system b\nsources: []", ["tags"]),

@@ -30,7 +30,7 @@ class Hub:
         self.private: dict[str, bool] = {}
         self.sent: list[str] = []
         self.fails: Exception | None = None
-        self.before_commit = lambda: None
+        self.after_looking = lambda: None
 
     def sha(self, repo: str) -> str:
         return f"{len(self.repos[repo]):040x}"
@@ -50,7 +50,6 @@ class Hub:
         return SimpleNamespace(sha=revision or self.sha(repo))
 
     def create_commit(self, repo, operations, *, commit_message, parent_commit) -> None:
-        self.before_commit()
         if parent_commit != self.sha(repo):
             raise HfHubHTTPError("412: a commit has happened since", response=_response(412))
         files = dict(self.repos[repo][-1])
@@ -71,6 +70,7 @@ class Hub:
         target = Path(local_dir or self.folder / revision) / filename
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(files[filename])
+        self.after_looking()
         return str(target)
 
 
@@ -174,7 +174,7 @@ def test_pools_of_several_people_join_and_never_overwrite(hub, pool, vector, tmp
     def someone_else():
         hub.repos["org/vectors"].append(dict(hub.repos["org/vectors"][-1]))
 
-    hub.before_commit = someone_else
+    hub.after_looking = someone_else
     with pytest.raises(OutputError, match="a commit has happened since"):
         push(pool, "org/vectors", ["math"])
 

@@ -92,7 +92,7 @@ class StopAt(TrainerCallback):
     [
         ({"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}, 14),
         ({"r": 2, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}, 4),
-        ({"r": 2, "target_modules": ["v_proj"], "modules_to_save": ["norm"]}, 3),
+        ({"r": 2, "target_modules": ["v_proj"], "modules_to_save": ["norm"]}, 7),
     ],
 )
 def test_an_adapter_merges_to_what_peft_merges(config, base, tmp_path, lora, moves):
@@ -388,7 +388,8 @@ def test_two_processes_train_one_run_and_one_of_them_writes(config, tmp_path):
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"run-{i}.json").read_text()) for i in (0, 1))
     assert first == second
-    assert first["processes"] == 2 and first["steps"] == 6
+    assert (first["processes"], first["steps"]) == (2, 6)
+    assert first["tokens"] == 6 * TOKENS_PER_STEP
     assert [line["step"] for line in log(tmp_path / "run") if "loss" in line] == [1, 3, 6]
 
     # The same sequences in the same steps as in one process: the same run but for rounding.

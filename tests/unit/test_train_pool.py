@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -226,12 +228,34 @@ def test_two_processes_never_train_in_one_folder(config, tmp_path):
     assert run_cpt(chosen, tmp_path / "run").steps == 6
 
 
-def test_a_lock_survives_the_removal_of_its_folder(tmp_path):
-    with locked(tmp_path / "run"):
-        (tmp_path / "run" / ".lock").unlink()
-        (tmp_path / "run").rmdir()
-        with locked(tmp_path / "run"), pytest.raises(OutputError), locked(tmp_path / "run"):
+def test_who_waited_for_a_lock_that_was_removed_holds_the_new_one(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    asked, holds, done = threading.Event(), threading.Event(), threading.Event()
+    real = fcntl.flock
+
+    def flock(descriptor, how):
+        asked.set()
+        real(descriptor, how)
+
+    def wait() -> None:
+        with locked(folder, wait=True):
+            holds.set()
+            done.wait()
+
+    waiter = threading.Thread(target=wait)
+    with locked(folder):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        waiter.start()
+        asked.wait()  # it has opened the file that goes now
+        (folder / ".lock").unlink()
+        (folder / ".lock").touch()
+    holds.wait()
+    try:
+        with pytest.raises(OutputError, match="another process"), locked(folder):
             pass
+    finally:
+        done.set()
+        waiter.join()
 
 
 # the mixture

@@ -1,14 +1,8 @@
-"""The GPU kernels without a GPU: results in Triton's interpreter, machine code by its compiler."""
+"""The fused linear kernels without a GPU: results in Triton's interpreter, and what compiles."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import subprocess
 import sys
-import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,33 +12,23 @@ from hypothesis import strategies as st
 
 from optimer_engine import kernels, ops
 from optimer_engine.errors import MissingExtraError, RecipeError
-from optimer_engine.kernels import cpu, reference
+from optimer_engine.kernels import cpu, reference, reference_packed
 from optimer_engine.types import MERGEABLE
 
-triton = pytest.importorskip("triton", reason="triton is not installed; it exists for Linux only")
+pytest.importorskip("triton", reason="triton is not installed; it exists for Linux only")
 
-ROOT = Path(__file__).parents[2]
-CODES = range(4)
-POISON = 0x7E
-INFINITY = (0x7F80, 0x7C00, 0x7F800000, 0x7FF0000000000000)
-LEADING_BIT = (0x40, 0x200, 0x400000, 0x8000000000000)
+from tests.unit.triton_interpreter import (
+    POISON,
+    as_torch,
+    assert_same,
+    interpreted,
+    place,
+    values,
+)
 
-
-def kernels_package(name, interpret):
-    """kernels/ once more under another name, run by Triton's interpreter or compiled.
-
-    Triton settles which of the two when it defines a kernel, so this works whatever another test
-    has imported before.
-    """
-    package = types.ModuleType(name)
-    package.__path__ = [str(ROOT / "kernels")]
-    sys.modules[name] = package
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1" if interpret else "0")
-        return importlib.import_module(f"{name}.gpu")
-
-
-gpu = kernels_package("interpreted_kernels", interpret=True)
+gpu = interpreted("gpu")
+elements = interpreted("triton_elements")
+CODES = range(6)
 
 
 @pytest.fixture(autouse=True)
@@ -52,39 +36,6 @@ def _quiet_numpy():
     """The interpreter computes in numpy, which warns of what these tests do on purpose."""
     with np.errstate(all="ignore"):
         yield
-
-
-def values(rng, elems, code, wild):
-    """Stored values; if `wild`, with zeros, denormals, huge numbers, infinities and NaNs."""
-    numbers = rng.standard_normal(elems)
-    if wild and elems:
-        special = [0.0, -0.0, 1e-40, -3e-8, 6e4, -3e38, np.inf, -np.inf, np.nan]
-        where = rng.random(elems) < 0.1
-        numbers[where] = rng.choice(special, where.sum())
-    return reference.round_to(numbers, code)
-
-
-def as_torch(array):
-    return torch.from_numpy(array.view(f"i{array.itemsize}"))
-
-
-def place(array, offset):
-    """A copy that starts `offset` elements past an aligned address, in poisoned surroundings."""
-    room = np.full((array.size + 128) * array.itemsize, POISON, np.uint8).view(array.dtype)
-    skip = 64 + -room.ctypes.data % 64 // array.itemsize + offset
-    room[skip : skip + array.size] = array
-    return room, room[skip : skip + array.size]
-
-
-def assert_same(got, want, code):
-    """Equal to the bit; a NaN to any quiet NaN."""
-    bits, expected = (array.view(f"u{array.itemsize}") for array in (got, want))
-    magnitude = np.array(INFINITY[code], bits.dtype)
-    sign = np.array(1 << (8 * bits.itemsize - 1), bits.dtype)
-    is_nan = (expected & ~sign) > magnitude
-    assert np.array_equal(bits[~is_nan], expected[~is_nan])
-    assert np.all((bits[is_nan] & ~sign) > magnitude)
-    assert np.all(bits[is_nan] & np.array(LEADING_BIT[code], bits.dtype))
 
 
 def check(elems, base_code, codes, out_code, add_base, seed, wild=False, offsets=(0,)):
@@ -101,12 +52,12 @@ def check(elems, base_code, codes, out_code, add_base, seed, wild=False, offsets
         as_torch(out), out_code, add_base,
     )  # fmt: skip
     assert_same(out, want, out_code)
-    assert nonfinite == ops.nonfinite(want, MERGEABLE[out_code]).any()
+    assert bool(nonfinite) == ops.nonfinite(want, MERGEABLE[out_code]).any()
     out.view(np.uint8)[:] = POISON
     assert np.all(room.view(np.uint8) == POISON), "written outside of the output"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     elems=st.sampled_from([0, 1, 2, 7, 255, 256, 257, 1025, 2047, 2048, 2049, 4100]),
     base_code=st.sampled_from(CODES),
@@ -180,7 +131,7 @@ def batch_of(seed, sizes, count, wild=False):
     rng = np.random.default_rng(seed)
     bases, sources, outs = [], [], []
     for size in sizes:
-        base_code, code, out_code = (int(c) for c in rng.integers(0, 4, 3))
+        base_code, code, out_code = (int(c) for c in rng.integers(0, 6, 3))
         start = lambda: int(rng.choice([0, 0, 1]))  # noqa: E731
 
         def typed(code, size=size, start=start):
@@ -195,8 +146,8 @@ def batch_of(seed, sizes, count, wild=False):
 
 def stored(tensor):
     code = gpu.TORCH_DTYPES.index(tensor.dtype)
-    array = tensor.view(torch.int16).numpy() if tensor.itemsize == 2 else tensor.numpy()
-    return array.view(reference.STORAGE[code]), code
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    return tensor.view(width).numpy().view(reference.STORAGE[code]), code
 
 
 @settings(max_examples=8, deadline=None)
@@ -216,7 +167,7 @@ def test_a_batch_equals_the_reference_to_the_bit(sizes, count, seed, wild):
         code = stored(out)[1]
         wanted.append(reference.linear(*stored(base), stored_own, codes, is_delta, weights, code))
         verdict |= bool(ops.nonfinite(wanted[-1], MERGEABLE[code]).any())
-    assert gpu.Batch(bases, sources, is_delta, outs).merge(weights) == verdict
+    assert gpu.Batch(bases, sources, is_delta, outs).merge(weights).item() == verdict
     for out, want in zip(outs, wanted, strict=True):
         assert_same(stored(out)[0], want, stored(out)[1])
 
@@ -250,85 +201,53 @@ def test_what_does_not_fit_is_refused():
         gpu.Batch([one], [[one, one]], [True, True], [one]).merge([1.0])
 
 
-class OneH100:
-    """Triton's driver, as far as compiling goes."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
-def test_other_weights_lengths_and_counts_compile_nothing_anew(monkeypatch):
-    compiled = kernels_package("compiled_kernels", interpret=False)
-    made = []
-
-    def compile_only(self, *arguments, grid, warmup, **options):
-        made.append(launch(self, *arguments, grid=grid, warmup=True, **options))
-
-    launch = triton.runtime.jit.JITFunction.run
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
-    monkeypatch.setattr(triton.runtime.driver, "_active", OneH100())
-    for dtype in (torch.bfloat16, torch.float64):
-        for elems, weights in (
-            (5000, [0.3, 0.5, 1.0]),
-            (1, [1, 16.0, 2.0]),
-            (16, [0.0, 1e30, -0.0, 0.1]),
-        ):
-            tensor = torch.zeros(elems, dtype=dtype)
-            code, count = compiled.TORCH_DTYPES.index(dtype), len(weights)
-            deltas = [w == 1.0 for w in weights]
-            sources = [tensor] * count
-            compiled.linear(tensor, code, sources, [code] * count, deltas, weights, tensor, code)
-            compiled.Batch([tensor] * 20, [sources] * 20, deltas, [tensor] * 20).merge(weights)
-    assert len(made) == 12
-    assert len({id(kernel) for kernel in made}) == 4
+@pytest.mark.parametrize("code", [reference.F8_E4M3, reference.F8_E5M2])
+def test_every_8_bit_value_is_read_and_every_rounding_to_8_bits_is_right(code):
+    every = np.arange(256, dtype=np.uint8)
+    for out_code in CODES:
+        out = np.zeros(256, reference.STORAGE[out_code])
+        gpu.linear(as_torch(every), code, [], [], [], [], as_torch(out), out_code)
+        assert_same(out, reference.linear(every, code, [], [], [], [], out_code), out_code)
+    finite = np.unique(np.abs(reference.upcast(every, code, np.float64)))
+    finite = finite[np.isfinite(finite)]
+    ties = (finite[1:] + finite[:-1]) / 2
+    near = np.concatenate(
+        [finite, ties, ties * (1 + 2e-7), ties * (1 - 2e-7), finite[-1:] * 1.0625]
+    )
+    near = np.concatenate([near, -near, [np.inf, -np.inf, np.nan, 1e-40, 3e38]])
+    for wide, dtype in ((2, np.float32), (3, np.float64)):
+        given_ = near.astype(dtype)
+        out = np.zeros(near.size, np.uint8)
+        gpu.linear(as_torch(given_), wide, [], [], [], [], as_torch(out), code)
+        assert_same(out, reference.round_to(given_, code), code)
 
 
-def test_machine_code_keeps_wide_accesses_and_does_not_spill(tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "benchmarks.kernels_aot", "--dtypes", "bf16", "--sources", "4"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout.splitlines()[-1])["codes"]
-    assert [(code["kernel"], code["target"]) for code in codes] == [
-        (kernel, target)
-        for kernel in ("linear", "batch")
-        for target in ("sm_80", "sm_90", "sm_100", "gfx942")
-    ]
-    for code in codes:
-        what = code["kernel"], code["target"]
-        assert (code["loads"], code["stores"]) == ({"128": 5}, {"128": 1}), what
-        for trouble in ("spills", "scalar_spills", "fused_multiply_adds", "divisions"):
-            assert code[trouble] == 0, (*what, trouble)
-        assert code["registers"] <= 64, what
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("elems", [1, 64, 1000, 4096, 4500])
+def test_packed_vectors_are_decoded_in_registers(bits, elems):
+    rng = np.random.default_rng(elems)
+    tau = (rng.standard_normal(elems) * 0.01).astype(np.float32)
+    numbers, scales = reference_packed.quantise(tau, bits)
+    decoded = reference_packed.dequantise(numbers, scales, bits)[:elems]
+    base, other = values(rng, elems, 0), values(rng, elems, 0)
+    code = elements.INT8 if bits == 8 else elements.INT4
+    for out_code in (0, 2):
+        out = np.zeros(elems, reference.STORAGE[out_code])
+        gpu.linear(
+            as_torch(base), 0, [(as_torch(numbers), as_torch(scales)), as_torch(other)], [code, 0],
+            [True, False], [0.7, 0.2], as_torch(out), out_code,
+        )  # fmt: skip
+        want = reference.linear(
+            base, 0, [decoded, other], [2, 0], [True, False], [0.7, 0.2], out_code
+        )
+        assert_same(out, want, out_code)
 
 
-def test_the_committed_report_shows_what_is_promised():
-    import msgspec
-
-    from benchmarks.kernels_aot import RESULTS, Code, table
-
-    report = json.loads((RESULTS / "kernels_aot.json").read_text())
-    codes = [msgspec.convert(code, Code, strict=False) for code in report["codes"]]
-    assert table(codes) in (RESULTS / "kernels_aot.md").read_text("utf-8")
-    for code in codes:
-        assert (code.spills, code.fused_multiply_adds, code.divisions) == (0, 0, 0), code
-        if code.dtypes == "bf16" and (code.sources <= 16 or code.target != "gfx942"):
-            assert code.bulk, code
-
-
-def test_the_readme_shows_the_roofline():
-    from benchmarks.roofline import seconds, table
-
-    assert table() in (ROOT / "kernels" / "README.md").read_text("utf-8")
-    assert seconds(27e9, 2, 4)["HBM"] == pytest.approx(6 * 54 / 3000)
+def test_a_packed_source_is_a_delta():
+    one = torch.zeros(64, dtype=torch.int16)
+    packed = torch.zeros(64, dtype=torch.int8), torch.zeros(1, dtype=torch.int16)
+    with pytest.raises(ValueError, match="packed sources are deltas"):
+        gpu.linear(one, 0, [packed], [elements.INT8], [False], [1.0], one, 0)
 
 
 @pytest.fixture
