@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_cases import Case, Prepared
+    from benchmarks.gpu_cases import Case
+    from benchmarks.gpu_operands import Prepared
 
 GATE_ELEMS = 200_003
 """Of the operands that are checked: whole blocks and a ragged end."""
@@ -156,7 +157,8 @@ def run(
     import torch
     from tqdm import tqdm
 
-    from benchmarks.gpu_cases import DTYPES, cases
+    from benchmarks.gpu_cases import cases
+    from benchmarks.gpu_operands import DTYPES
     from benchmarks.gpu_pipeline import pipeline
     from optimer_engine.kernels.triton_elements import ITEM_BYTES
 

@@ -29,6 +29,7 @@ from .reference_methods import (
     VARIANCE,
 )
 from .sparse import Inputs, Masks
+from .triton_counts import count_kernel, norms_kernel
 from .triton_launch import (
     NUM_WARPS,
     OPTIONS,
@@ -40,7 +41,7 @@ from .triton_launch import (
     warp_threads,
     with_nulls,
 )
-from .triton_sparse import ROW, count_kernel, merge_kernel, norms_kernel
+from .triton_sparse import ROW, merge_kernel
 
 COPIES = 32
 """Histograms that programs count in, so that few add to the same place at once."""

@@ -26,14 +26,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reference_methods import COUNT, GRANULE, NO_CONSENSUS
-from .triton_elements import load_where, raise_where, report_nonfinite, rounded, total_of
+from .reference_methods import COUNT, NO_CONSENSUS
+from .triton_elements import load_where, raise_where, report_nonfinite, rounded
 
 ROW = 9
 """int64s that describe a source's mask."""
 
 _ROW, _COUNT, _NO_CONSENSUS = map(tl.constexpr, (ROW, COUNT, NO_CONSENSUS))
-_GRANULE = tl.constexpr(GRANULE)
 _INFINITY = tl.constexpr(0x7F800000)
 
 
@@ -91,14 +90,14 @@ def _within(key, row, start, ELEMS: tl.constexpr):
 
 
 @triton.jit
-def _between(key, row, start, ELEMS: tl.constexpr):
+def between(key, row, start, ELEMS: tl.constexpr):
     """Within the first cut of a row and not within the second."""
     beyond = _within(key, row + 2, start, ELEMS)
     return _within(key, row, start, ELEMS) & (beyond == 0)
 
 
 @triton.jit
-def _delta(
+def delta_of(
     source, CODE: tl.constexpr, i, count, thetas, base, start, inside,
     WIDE: tl.constexpr, ELEMS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
@@ -128,12 +127,12 @@ def variance(
     number = tl.full((ELEMS,), 0.0, real) + count.to(real)
     mean, spread = tl.full((ELEMS,), 0.0, real), tl.full((ELEMS,), 0.0, real)
     for i in tl.static_range(len(sources)):
-        mean += _delta(
+        mean += delta_of(
             sources[i], CODES[2 + i], i, count, thetas, base, start, inside, WIDE, ELEMS, HELD
         )
     mean = _divide(mean, number)
     for i in tl.static_range(len(sources)):
-        value = _delta(
+        value = delta_of(
             sources[i], CODES[2 + i], i, count, thetas, base, start, inside, WIDE, ELEMS, HELD
         )
         square = (value - mean) * (value - mean)
@@ -148,7 +147,7 @@ def masked(
 ):  # fmt: skip
     """The deltas of source i where its masks keep them, else 0; `kept`: by the shared mask."""
     if CUTS:
-        value = tl.where(_between(magnitude(value), rows + i * _ROW, start, ELEMS), value, 0.0)
+        value = tl.where(between(magnitude(value), rows + i * _ROW, start, ELEMS), value, 0.0)
     if CHANCES:
         most = tl.load(rows + i * _ROW + 4).to(tl.uint32)
         value = tl.where(words(rows + i * _ROW + 5, start, ELEMS) <= most, value, 0.0)
@@ -176,9 +175,9 @@ def _merge_part(
     kept = inside
     if SHARED:
         keys = variance(old, sources, thetas, count, start, inside, CODES, WIDE, ELEMS, HELD)
-        kept = _between(keys, rows + len(sources) * _ROW, first + start, ELEMS)
+        kept = between(keys, rows + len(sources) * _ROW, first + start, ELEMS)
     for i in tl.static_range(len(sources)):
-        value = _delta(
+        value = delta_of(
             sources[i], CODES[2 + i], i, count, thetas, old, start, inside, WIDE, ELEMS, HELD
         )
         raise_where(magnitude(value), _INFINITY, flag, HELD)
@@ -237,126 +236,3 @@ def merge_kernel(
                 operands, terms, flag, first, at, elems - at, CODES, WIDE, CUTS, CHANCES, SHARED,
                 CONSENSUS, DIVIDE, ZERO_IS_POSITIVE, BLOCK // HELD, 1,
             )  # fmt: skip
-
-
-@triton.jit
-def _keys(
-    base, sources, thetas, count, start, inside,
-    CODES: tl.constexpr, WIDE: tl.constexpr, SHARED: tl.constexpr, ELEMS: tl.constexpr,
-):  # fmt: skip
-    """What is ordered: the magnitude of the one source's delta, or the variance of all."""
-    real: tl.constexpr = tl.float64 if WIDE else tl.float32
-    old = load_where(base, CODES[0], start, inside, True, ELEMS, 1, real)
-    if SHARED:
-        return variance(old, sources, thetas, count, start, inside, CODES, WIDE, ELEMS, 1)
-    else:
-        value = _delta(sources[0], CODES[2], 0, count, thetas, old, start, inside, WIDE, ELEMS, 1)
-        return magnitude(value)
-
-
-@triton.jit
-def _count_part(
-    operands, at, inside, wanted, granule, bins, equal, keys,
-    STAGE: tl.constexpr, COPIES: tl.constexpr, BINS: tl.constexpr,
-    CODES: tl.constexpr, WIDE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    base, sources, thetas, count = operands
-    key = _keys(base, sources, thetas, count, at, inside, CODES, WIDE, SHARED, BLOCK)
-    if STAGE == 3:
-        tl.store(keys + at + tl.arange(0, BLOCK), key, inside)
-    else:
-        if STAGE == 0:
-            chosen, bin_ = inside, key >> 16
-        elif STAGE == 1:
-            chosen, bin_ = inside & ((key >> 16) == wanted), key & 0xFFFF
-        else:
-            chosen, bin_ = inside & (key == wanted), key & 0
-        lowest = total_of((chosen & (bin_ == 0)).to(tl.int32))
-        if STAGE < 2:
-            copy = bins + (tl.program_id(0) % COPIES) * BINS
-            tl.atomic_add(copy + bin_, 1, chosen & (bin_ != 0), sem="relaxed")
-            if lowest > 0:
-                tl.atomic_add(copy, lowest, sem="relaxed")
-        if STAGE > 0:  # noqa: SIM102 (one of the two is known when compiling)
-            if lowest > 0:
-                where = equal + (granule + at) // _GRANULE
-                tl.atomic_add(where, lowest.to(tl.int64), sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["thetas", "count", "elems", "wanted", "granule"])
-def count_kernel(
-    base, sources, thetas: tl.uint64, count: tl.int32, elems: tl.int64,
-    wanted: tl.int64, granule: tl.int64, bins, equal, keys,
-    STAGE: tl.constexpr, COPIES: tl.constexpr, BINS: tl.constexpr,
-    CODES: tl.constexpr, WIDE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Count keys as `sparse.count` says; stage 3 writes the keys themselves to `keys`, int32.
-
-    bins: int32 [COPIES, BINS]: programs share each copy with few others. equal: int64, for each
-    granule of the tensor; `granule`: number of the operands' first element in it.
-
-    Most deltas of a model are small or zero, and many are equal: what falls into bin 0 is summed
-    within the block, and only the rest goes to memory one by one.
-    """
-    at = tl.program_id(0).to(tl.int64) * BLOCK
-    operands = (base, sources, thetas, count)
-    if at + BLOCK <= elems:
-        _count_part(
-            operands, at, tl.full((BLOCK,), 1, tl.int1), wanted, granule, bins, equal, keys, STAGE,
-            COPIES, BINS, CODES, WIDE, SHARED, BLOCK,
-        )  # fmt: skip
-    else:
-        _count_part(
-            operands, at, tl.arange(0, BLOCK) < elems - at, wanted, granule, bins, equal, keys,
-            STAGE, COPIES, BINS, CODES, WIDE, SHARED, BLOCK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _norms_part(
-    operands, rows, which, first, start, inside, sums,
-    CODES: tl.constexpr, WIDE: tl.constexpr, CUTS: tl.constexpr, CHANCES: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    base, sources, thetas, count = operands
-    real: tl.constexpr = tl.float64 if WIDE else tl.float32
-    old = load_where(base, CODES[0], start, inside, True, BLOCK, 1, real)
-    kept, value = inside, tl.full((BLOCK,), 0.0, real)
-    if SHARED:
-        keys = variance(old, sources, thetas, count, start, inside, CODES, WIDE, BLOCK, 1)
-        kept = _between(keys, rows, first + start, BLOCK)
-    for i in tl.static_range(len(sources)):
-        delta = _delta(
-            sources[i], CODES[2 + i], i, count, thetas, old, start, inside, WIDE, BLOCK, 1
-        )
-        value = tl.where(tl.full((BLOCK,), i, tl.int32) == which, delta, value)
-    left = masked(value, rows, 0, first + start, kept, CUTS, CHANCES, SHARED, BLOCK).to(tl.float64)
-    tl.store(sums, total_of(tl.abs(value).to(tl.float64)))
-    tl.store(sums + 1, total_of(tl.abs(left)))
-    tl.store(sums + 2, total_of(left * left))
-
-
-@triton.jit(do_not_specialize=["which", "thetas", "count", "first", "elems"])
-def norms_kernel(
-    base, sources, rows, which: tl.int32, thetas: tl.uint64, count: tl.int32, first: tl.int64,
-    elems: tl.int64, sums,
-    CODES: tl.constexpr, WIDE: tl.constexpr, CUTS: tl.constexpr, CHANCES: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """sums[program] = sum |delta|, sum |masked delta|, sum masked delta**2 of a block, in fp64.
-
-    Of the source that `rows` begins with; where SHARED, of source `which` of all, and rows are the
-    shared mask's.
-    """
-    at = tl.program_id(0).to(tl.int64) * BLOCK
-    operands, mine = (base, sources, thetas, count), sums + 3 * tl.program_id(0).to(tl.int64)
-    if at + BLOCK <= elems:
-        _norms_part(
-            operands, rows, which, first, at, tl.full((BLOCK,), 1, tl.int1), mine, CODES, WIDE,
-            CUTS, CHANCES, SHARED, BLOCK,
-        )  # fmt: skip
-    else:
-        _norms_part(
-            operands, rows, which, first, at, tl.arange(0, BLOCK) < elems - at, mine, CODES, WIDE,
-            CUTS, CHANCES, SHARED, BLOCK,
-        )  # fmt: skip

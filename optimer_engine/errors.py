@@ -17,6 +17,8 @@ expected, and one thing to do next; `str()` is those lines, ready to print.
 
 from __future__ import annotations
 
+from optimer_engine.redaction import redacted
+
 
 class OptimerError(Exception):
     """Base of the tree.
@@ -30,8 +32,8 @@ class OptimerError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str = "", todo: str = "") -> None:
-        self.what, self.where, self.todo = what, where, todo
-        super().__init__(what)
+        self.what, self.where, self.todo = redacted(what), redacted(where), redacted(todo)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what

@@ -24,6 +24,7 @@ from optimer_engine.checkpoint import COMPANIONS, MODEL
 from optimer_engine.errors import CheckpointError, OptimerError, OutputError, RecipeError
 from optimer_engine.plans import Plan
 from optimer_engine.recipe import fingerprint
+from optimer_engine.redaction import redacted
 from optimer_engine.report import Report
 from optimer_engine.runs import Run
 from optimer_engine.shard_file import SETTLE_BYTES, ShardFile
@@ -41,6 +42,7 @@ NUMERICS_VERSION = 1
 """Raised when the same recipe and sources would give other bytes."""
 
 MAX_UNSETTLED_BYTES = 512 << 20
+_WITHOUT_SECRETS = {"config.json", "generation_config.json", "tokenizer_config.json"}
 
 
 class FolderSink(Sink):
@@ -207,14 +209,14 @@ class FolderSink(Sink):
                 return
             _take_over(report, whole)
         report.out = str(self.out)
-        for name, content in self._small_files().items():
+        for name, content in self._small_files(report).items():
             durable.write_file(work.path / name, content)
             report.files[name] = [(0, len(content), xxhash.xxh3_128_hexdigest(content))]
             report.sha256[name] = hashlib.sha256(content).hexdigest()
         work.publish(report)
 
-    def _small_files(self) -> dict[str, bytes]:
-        """Index, configuration and tokenizer, by name."""
+    def _small_files(self, report: Report) -> dict[str, bytes]:
+        """Index, configuration and tokenizer, by name; warnings go into the report."""
         plan = self._plan
         files: dict[str, bytes] = {}
         if len(plan.shards) > 1:
@@ -225,6 +227,11 @@ class FolderSink(Sink):
                 if path.is_file() and path.name not in (*plan.omitted, *plan.files):
                     files[path.name] = _read(path)
             files.update(plan.files)
+        for name in sorted(files.keys() & _WITHOUT_SECRETS):
+            clean = redacted(files[name].decode(errors="surrogateescape"))
+            if clean.encode(errors="surrogateescape") != files[name]:
+                files[name] = clean.encode(errors="surrogateescape")
+                report.warnings.append(f"{name} held what looks like a token, and *** replaced it")
         return files
 
     def abort(self, error: BaseException) -> None:

@@ -20,6 +20,7 @@ import msgspec
 from optimer_engine import durable
 from optimer_engine.errors import BusyError, OutputError, RecipeError, quoted
 from optimer_engine.journal import Head, Journal, damage, read_head, read_owner
+from optimer_engine.redaction import redacted
 from optimer_engine.report import Report, combined
 
 PART_WAIT_S = 10.0
@@ -278,7 +279,7 @@ class WorkFolder:
         """Add report.json, drop all that it does not name, and rename into place."""
         if self.finished is None:
             text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            durable.write_file(self.path / "report.json", text.encode())
+            durable.write_file(self.path / "report.json", redacted(text).encode())
             durable.sync(self._fd)  # from here on the folder speaks for itself, without a journal
         named = {"report.json", *report.files}
         self._remove(path for path in self.path.iterdir() if path.name not in named)

@@ -1,7 +1,8 @@
 """The command line: parse, call the library, print. Each command's module loads when it is called.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 bad input, 3 the output
-cannot be written, 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM.
+cannot be written, 4 another process is writing it; 129, 130, 143 stopped by SIGHUP, SIGINT,
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import click
 
 from optimer_engine import __version__
 from optimer_engine.errors import OptimerError
+from optimer_engine.redaction import Redacting
 
 _COMMANDS = {
+    "convert": "Write a pickled model (pytorch_model.bin) as safetensors.",
     "demo": "Run the whole loop on real text, on a CPU, in minutes.",
     "extract": "Subtract a base from a trained checkpoint: a distribution vector.",
     "inspect": "Say what vectors and checkpoints hold, and how they relate.",
@@ -81,6 +84,7 @@ _SIGNALS = [
 
 def main() -> None:
     """Entry point of the `optimer` program."""
+    sys.stdout, sys.stderr = Redacting(sys.stdout), Redacting(sys.stderr)  # type: ignore[assignment]
     for name in _SIGNALS:
         if signal.getsignal(name) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(name, _stop)

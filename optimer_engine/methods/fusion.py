@@ -19,8 +19,8 @@ EPS = 1e-8
 """Added to probabilities before their ratio is taken."""
 
 ROUNDING = 2.0**-22
-"""Importances are compared in fp32, and the threshold is made of three of them. In a row of a 16-bit
-model many are equal to it but for their rounding, and those are to stand out."""
+"""Importances are compared in fp32, and the threshold is made of three of them. In one row of a
+16-bit model some are equal to it but for their rounding, and those are to stand out."""
 
 
 class _Divergences:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import agreement
 from optimer_engine import merge, methods
 from optimer_engine.methods import registry
 from tests.contract.test_readme import models  # noqa: F401
@@ -85,6 +86,12 @@ def test_methods(own_methods, monkeypatch):
     )
     assert found.tolist() == pytest.approx([-1e-3, -1e-3])
     assert page.clipped
+
+
+def test_the_table_of_agreement_is_that_of_the_committed_run():
+    rows = agreement.read(Path(agreement.__file__).parent / "results" / "agreement.jsonl")
+    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    assert f"<!-- agreement -->\n{agreement.by_method(rows)}\n<!-- end -->" in text
 
 
 def test_mergekit(models, monkeypatch, capsys):  # noqa: F811

@@ -42,7 +42,7 @@ def test_merge_by_flags_and_by_recipe_give_the_same_bytes(folders, tmp_path):
     done = program("merge", "recipe.yaml", "-o", "b", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "9 tensors" in done.stdout
-    assert done.stderr == ""
+    assert [line for line in done.stderr.splitlines() if "compiling kernels" not in line] == []
     a, b = (tmp_path / name / "model.safetensors" for name in "ab")
     assert a.read_bytes() == b.read_bytes()
 

@@ -1,0 +1,72 @@
+"""The one place that keeps secrets out of what is printed, logged and written.
+
+Tokens come from the environment or the Hub's login store and are needed nowhere else. They leak
+through text of others: a library's exception with a request in it, an address with a password, a
+recipe that a token was pasted into. So text is filtered where it leaves: errors of this package as
+they are made, both streams of the program, and report.json.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from typing import Any
+
+_SECRET = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}"
+    r"|(?<=://)[^\s/:@\"'\\]+:[^\s/@\"'\\]+(?=@)"
+    r"|(?i:(?<=authorization: )|(?<=authorization\": \")|(?<=authorization': '))[^\r\n\"']+"
+    r"|(?<=Bearer )[\w.~+/=-]{8,}"
+)
+_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+
+
+def redacted(text: str) -> str:
+    """`text` with "***" in place of tokens, passwords in addresses and authorization headers."""
+    for name in _VARIABLES:
+        value = os.environ.get(name, "")
+        if len(value) >= 8:
+            text = text.replace(value, "***")
+    return _SECRET.sub("***", text)
+
+
+class Redacting:
+    """A text stream that lets no secret through, and whose reader may go without stopping anyone.
+
+    A terminal that was closed or a pipe that nobody reads must not end hours of work; a disk that
+    is full under a redirected stream is an error like any other.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text redacted; the number of characters given."""
+        try:
+            self._stream.write(redacted(text))
+        except OSError as error:
+            self._let_go(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what is buffered."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._let_go(error)
+
+    def _let_go(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def writelines(self, lines: Any) -> None:
+        """Write each redacted."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
