@@ -23,9 +23,8 @@ ORDER = [
     "report", "journal", "events", "progress",
     "methods", "operands", "resized", "quantized", "adapter", "vectors", "runs", "mergekit",
     "alignment", "layout", "lowering", "plans", "planner", "explain",
-    "ops", "device", "cuda", "sink", "kept", "shard_file", "work_folder", "folder_sink", "execution", "engine",
-    "iteration",
-    "spread", "verify", "convert", "packing", "inspection", "lock", "pool",
+    "ops", "device", "cuda", "sink", "kept", "shard_file", "work_folder", "folder_sink",
+    "execution", "engine", "iteration", "spread", "verify", "convert", "packing", "inspection", "lock", "pool",
     "search", "train", "demo", "cli",
 ]  # fmt: skip
 # A plan runs itself, inside two of its methods.
