@@ -35,6 +35,7 @@ def run_page(name, monkeypatch):
 @pytest.fixture
 def own_methods(monkeypatch):
     """Methods that a page registers are gone afterwards."""
+    registry.names()  # ours are imported on demand, and only once
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
 

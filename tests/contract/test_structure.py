@@ -19,13 +19,13 @@ PACKAGE = ROOT / "optimer_engine"
 # Each module may import only what stands before it.
 ORDER = [
     "redaction", "errors", "durable", "types", "tensor_recipe", "strict_yaml", "recipe",
-    "safetensors_format", "model_folder", "checkpoint", "network", "snapshot", "hub", "remote", "downloads",
-    "report", "journal", "events", "progress",
+    "safetensors_format", "model_folder", "checkpoint", "network", "snapshot", "hub", "remote",
+    "downloads", "report", "journal", "events", "progress",
     "methods", "operands", "resized", "quantized", "adapter", "vectors", "runs", "mergekit",
     "alignment", "layout", "lowering", "plans", "planner", "explain",
     "ops", "device", "cuda", "sink", "kept", "shard_file", "work_folder", "folder_sink",
-    "execution", "engine", "iteration", "spread", "verify", "convert", "packing", "inspection", "lock", "pool",
-    "search", "train", "demo", "cli",
+    "execution", "engine", "iteration", "spread", "verify", "convert", "packing", "inspection",
+    "lock", "pool", "search", "train", "demo", "cli",
 ]  # fmt: skip
 # A plan runs itself, inside two of its methods.
 STEPS_BACK = {("plans", "engine"), ("plans", "iteration")}

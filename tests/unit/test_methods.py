@@ -493,6 +493,7 @@ def forget(monkeypatch):
     """Methods registered in a test are gone after it."""
     from optimer_engine.methods import registry
 
+    registry.names()  # ours are imported on demand, and only once
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
 
