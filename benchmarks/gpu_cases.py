@@ -29,12 +29,13 @@ from benchmarks.gpu_operands import (
     stored,
     weights,
 )
-from optimer_engine.kernels import gpu, gpu_sparse, reference, sparse
+from optimer_engine.kernels import gpu, gpu_sparse, reference, reference_packed, sparse
 from optimer_engine.kernels import reference_methods as methods
 from optimer_engine.kernels.reference import BF16, F32
 from optimer_engine.kernels.triton_elements import ITEM_BYTES
 from optimer_engine.kernels.triton_lowrank import Factors, low_rank
 from optimer_engine.kernels.triton_moments import moments
+from optimer_engine.kernels.triton_packed import unpack_exact
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 """Numbers of sources; the kernel for one of them serves all down to the next smaller."""
@@ -260,6 +261,33 @@ def _lowrank(factor: int, rank: int, count: int, device: str, elems: int) -> Pre
     return Prepared(lambda: low_rank(base, BF16, adapters, w, out, BF16), 4 * base.numel(), wrong)
 
 
+def _unpack(code: int, device: str, elems: int) -> Prepared:
+    """A tensor in the exact form, most of whose elements moved a little."""
+    elems = min(elems, 1 << 22)  # packed here by the specification, which is slow
+    rng = np.random.default_rng(code)
+    values = rng.standard_normal(elems) * SPREAD
+    base = reference.round_to(values, code)
+    trained = reference.round_to(values + rng.standard_normal(elems) * STEP / 50, code)
+    origin = reference_packed.reference_bits(base, reference_packed.SAME, code)
+    z = reference_packed.distance(origin, trained.view(origin.dtype))
+    blocks = [
+        reference_packed.pack_block(z[k : k + reference_packed.BLOCK])
+        for k in range(0, elems, reference_packed.BLOCK)
+    ]
+    ends = np.cumsum([0, *map(len, blocks)])
+    begins = ends[: len(blocks) : reference_packed.CHUNK_BLOCKS]
+    index = torch.from_numpy(np.append(begins, ends[-1]))
+    data = torch.from_numpy(np.frombuffer(b"".join(blocks), np.uint8).copy())
+    on_gpu = [tensor.to(device) for tensor in (data, index)]
+    old = torch.from_numpy(origin.view(f"i{origin.itemsize}")).to(device)
+    out = torch.empty_like(old)
+    return Prepared(
+        lambda: unpack_exact(*on_gpu, old, reference_packed.SAME, out, code),
+        data.numel() + 2 * elems * origin.itemsize,
+        lambda: differing(as_stored(out, code), trained),
+    )
+
+
 def cases() -> Iterator[Case]:
     """All of them."""
     for dtypes in DTYPES:
@@ -281,6 +309,8 @@ def cases() -> Iterator[Case]:
         yield Case("norms", dtypes, 1, partial(_norms, "dare", dtypes, 1))
         for count in (1, 4, 8):
             yield Case("moments", dtypes, count, partial(_moments, dtypes, count))
+    for code, name in ((BF16, "bf16"), (F32, "fp32")):
+        yield Case("unpack exact", name, 1, partial(_unpack, code))
     for factor, name in ((BF16, "bf16"), (F32, "fp32")):
         for rank in (8, 64, 256):
             for count in (1, 4):

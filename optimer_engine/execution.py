@@ -150,10 +150,10 @@ class Execution:
         """Do all of the plan; raises what a thread raised."""
         count, spare = self.plan.threads, self.plan.spare_threads
         with ThreadPoolExecutor(count + spare + 1, thread_name_prefix="merge") as pool:
-            settler = pool.submit(self._settle)
-            workers = [pool.submit(self._work) for _ in range(count)]
-            workers += [pool.submit(self._help) for _ in range(spare)]
-            try:
+            try:  # a signal may come between a thread's start and the pool's knowing of it
+                settler = pool.submit(self._settle)
+                workers = [pool.submit(self._work) for _ in range(count)]
+                workers += [pool.submit(self._help) for _ in range(spare)]
                 for worker in workers:
                     worker.result()
             finally:

@@ -257,11 +257,12 @@ class FolderSink(Sink):
         return any(shard.digests for shard in self._shards.values())
 
     def _close(self) -> None:
-        for shard in self._shards.values():
-            shard.close()
-        if self._work is not None:
-            self._work.close()
-        self._shards, self._work = {}, None
+        with self._settling:  # a thread that was left behind must find nothing to settle
+            for shard in self._shards.values():
+                shard.close()
+            if self._work is not None:
+                self._work.close()
+            self._shards, self._work = {}, None
 
     def _fail(self, error: OSError) -> NoReturn:
         what = f"cannot be written: {error.strerror}"

@@ -90,7 +90,8 @@ class Journal:
 
     def close(self) -> None:
         """Close the file and let others have it."""
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
 
 def read_head(path: Path) -> Head | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 from typing import Any
 
 _SECRET = re.compile(
@@ -29,6 +30,22 @@ def redacted(text: str) -> str:
         if len(value) >= 8:
             text = text.replace(value, "***")
     return _SECRET.sub("***", text)
+
+
+def protect_streams() -> None:
+    """Let the program's output pass through `Redacting`.
+
+    A stream that was closed before the start becomes one that leads nowhere: else the first file
+    that is opened gets its number, and is written to by whoever prints.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: PTH123, SIM115
+        setattr(sys, name, Redacting(stream))
 
 
 class Redacting:

@@ -119,5 +119,6 @@ class ShardFile:
         return [first, *self.digests], self._sha256.hexdigest()
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
+        """Close the file; the number may soon be another's, so it is forgotten."""
+        fd, self._fd = self._fd, -1
+        os.close(fd)

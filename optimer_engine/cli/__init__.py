@@ -17,7 +17,7 @@ import click
 
 from optimer_engine import __version__
 from optimer_engine.errors import OptimerError
-from optimer_engine.redaction import Redacting
+from optimer_engine.redaction import protect_streams
 
 _COMMANDS = {
     "convert": "Write a pickled model (pytorch_model.bin) as safetensors.",
@@ -84,7 +84,7 @@ _SIGNALS = [
 
 def main() -> None:
     """Entry point of the `optimer` program."""
-    sys.stdout, sys.stderr = Redacting(sys.stdout), Redacting(sys.stderr)  # type: ignore[assignment]
+    protect_streams()
     for name in _SIGNALS:
         if signal.getsignal(name) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(name, _stop)

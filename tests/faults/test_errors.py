@@ -18,7 +18,7 @@ from optimer_engine import FolderSink, folder_sink, merge, plan
 from optimer_engine.errors import CheckpointError, OutputError
 from tests.conftest import nearby, random_tensors
 from tests.faults.disk import Failing, Short
-from tests.faults.recipes import contents
+from tests.faults.recipes import Stepwise, contents
 
 
 def check_failures(case, number, forever=False):
@@ -148,21 +148,25 @@ def test_a_source_that_cannot_be_read_for_a_while_costs_nothing(make_case, monke
     case = make_case("shards")
     out = case.folder / "run" / "out"
     out.parent.mkdir()
-    real = os.preadv
-    source = (case.folder / "ja" / "model.safetensors").stat().st_ino
+    read, write, written = os.preadv, Stepwise.write_run, itertools.count()
+    source, failing = (case.folder / "ja" / "model.safetensors").stat().st_ino, False
 
     def fails(fd, buffers, offset):
-        if os.fstat(fd).st_ino == source and next(reads) == failing:
+        if failing and os.fstat(fd).st_ino == source:
             raise OSError(errno.EIO, "Input/output error")
-        return real(fd, buffers, offset)
+        return read(fd, buffers, offset)
+
+    def then_fails(sink, run, start, tile):
+        nonlocal failing
+        write(sink, run, start, tile)
+        failing = next(written) >= 4
 
     monkeypatch.setattr(os, "preadv", fails)
-    for at in (60,):
-        reads, failing = itertools.count(), at
-        with pytest.raises(CheckpointError, match="reading failed: Input/output error"):
-            case.run(out)
+    monkeypatch.setattr(Stepwise, "write_run", then_fails)
+    with pytest.raises(CheckpointError, match="reading failed: Input/output error"):
+        case.run(out)
     assert out.with_name("out.partial").exists()
-    failing = -1
+    failing = False
     case.check_resumes(out)
 
 

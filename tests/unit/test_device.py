@@ -144,6 +144,15 @@ def test_what_is_resident_is_not_read_again(pool, tmp_path):
     assert_is_the_merge(again, pool, tmp_path / "out")
 
 
+def test_another_stream_finds_a_resident_tile_whole(pool):
+    devices, (run, *_) = Devices([FakeGpu()], resident_bytes=1 << 20), plan(pool).runs()
+    owners = devices, devices, Devices([FakeGpu()])
+    lanes = [owner.lanes(3, 8 * run.elems)[0] for owner in owners]
+    begun = [lane.merge(run, 0, run.elems, [0.4, -0.3], True) for lane in lanes]
+    second, alone = (lanes[k].fetch(begun[k].out) for k in (1, 2))
+    assert np.array_equal(second, alone)
+
+
 def test_what_does_not_fit_streams_as_before(pool, tmp_path):
     devices, made = Devices([FakeGpu()], resident_bytes=9000), plan(pool)
     _, first = merged_on(devices, made)

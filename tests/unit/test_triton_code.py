@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -187,6 +190,26 @@ def test_checks_tell_right_from_wrong_on_the_operands_of_a_case():
     assert made.wrong() > 0  # nothing has been merged yet
     assert made.moved_bytes == 3000 * 4 + 4 * 3000 * (1 + 2 / 64)
     assert kernels_aot.ELEMS % 2048 and np.isfinite(made.moved_bytes)
+
+
+GATE = """
+import numpy
+from benchmarks.gpu_cases import cases
+numpy.seterr(all="ignore")
+for case in cases():
+    made = case.make("cpu", 2500)
+    made.launch()
+    if made.wrong():
+        print(case.kernel, case.dtypes, case.sources)
+"""
+
+
+@pytest.mark.slow
+def test_every_case_passes_its_own_check_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", GATE]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_the_readme_shows_the_roofline():

@@ -1,4 +1,4 @@
-"""Sparse merges, statistics and low-rank merges on GPUs, in Triton's interpreter."""
+"""Sparse and low-rank merges, statistics and packed vectors on GPUs, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from optimer_engine.kernels import reference, reference_moments, sparse
 from optimer_engine.kernels import reference_methods as rm
+from optimer_engine.kernels import reference_packed as rp
 from optimer_engine.methods import run as methods_run
 from optimer_engine.methods.registry import get
 
@@ -20,6 +21,7 @@ from tests.unit.triton_interpreter import as_torch, assert_same, interpreted, va
 gpu_sparse = interpreted("gpu_sparse")
 gpu_moments = interpreted("triton_moments")
 low_rank = interpreted("triton_lowrank")
+gpu_packed = interpreted("triton_packed")
 
 ALL_EQUAL, NOTHING = 1 << 40, (0xFFFFFFFE, -1, 0)
 
@@ -111,6 +113,8 @@ def test_what_is_not_finite_is_found_even_where_it_is_masked():
 @pytest.mark.parametrize("code", [0, 2])
 def test_counts_are_the_cpu_s(code):
     inputs = tile(2500, [code, code], code, code, start=rm.GRANULE)
+    if code == 2:  # denormals fill the second bin
+        inputs.sources[1][:200] = np.arange(0xFFC0, 0x10088, dtype=np.uint32).view(np.float32)
     keep, wanted = masks([[rm.KEEP]] * 2), key(2 / 64)
     for stage, width in enumerate((rm.HIGH, rm.LOW, 0)):
         value = (0, wanted >> 16, wanted)[stage]
@@ -242,3 +246,38 @@ def test_factors_that_do_not_fit_are_refused():
     left, right = torch.zeros(4, 8, dtype=torch.int16), torch.zeros(8, 5, dtype=torch.int16)
     with pytest.raises(ValueError, match=r"\(4, 8\) and \(8, 5\) for a matrix \(4, 6\)"):
         low_rank.low_rank(base, 0, [low_rank.Factors(left, right, 0, 1.0)], [1.0], base, 0)
+
+
+def packed_exactly(rng, elems, code, base_code):
+    """(stream, index, base, trained) of a tensor that training moved here and there."""
+    numbers = rng.standard_normal(elems)
+    base = reference.round_to(numbers, code if base_code == rp.SAME else base_code)
+    moved = rng.standard_normal(elems) * 10.0 ** rng.integers(-8, 0, elems)
+    numbers = numbers + moved * (rng.random(elems) < 0.4)
+    numbers[rng.random(elems) < 0.01] = np.nan
+    trained = reference.round_to(numbers, code)
+    origin = rp.reference_bits(base, base_code, code)
+    z = rp.distance(origin, trained.view(origin.dtype))
+    blocks = [rp.pack_block(z[k : k + rp.BLOCK]) for k in range(0, elems, rp.BLOCK)]
+    ends = np.cumsum([0, *map(len, blocks)])
+    index = [*ends[: len(blocks) : rp.CHUNK_BLOCKS], ends[-1]]
+    return np.frombuffer(b"".join(blocks), np.uint8).copy(), np.array(index), base, trained
+
+
+@pytest.mark.parametrize(
+    ("code", "base_code", "elems"),
+    [(0, rp.SAME, 34000), (1, 0, 2100), (2, rp.SAME, 1500), (3, 0, 1025), (2, 1, 1), (0, 2, 0)],
+)
+def test_exact_vectors_are_unpacked_to_the_bit(code, base_code, elems):
+    data, index, base, trained = packed_exactly(np.random.default_rng(1), elems, code, base_code)
+    out = np.zeros_like(trained)
+    unpack = gpu_packed.unpack_exact
+    arguments = torch.from_numpy(index + 800), as_torch(base), base_code, as_torch(out), code
+    assert not unpack(as_torch(data), *arguments)
+    assert np.array_equal(out.view(np.uint8), trained.view(np.uint8))
+    if elems:
+        for place, value in ((0, 200), (5, 0xFF), (7, 0xFF), (0, data[0] + 1)):
+            damaged = data.copy()
+            damaged[place] = value
+            assert unpack(as_torch(damaged), *arguments), place
+        assert unpack(as_torch(data[:-8].copy()), *arguments) if len(data) > 8 else True
