@@ -20,6 +20,7 @@ FORBIDDEN = {
     "link", "symlink", "write_bytes", "write_text", "touch", "hardlink_to", "symlink_to", "mmap",
     "rmtree", "copyfile", "move",
 }  # fmt: skip
+PATH_METHODS = ("write_bytes", "write_text", "touch", "mkdir", "unlink", "rmdir")
 
 
 def effects(tree):
@@ -31,9 +32,8 @@ def effects(tree):
         text = " ".join(ast.unparse(argument) for argument in node.args)
         opens = name == "open" and any(flag in text for flag in ("O_CREAT", "O_WRONLY", "O_RDWR"))
         # `shard.write` and `durable.rename` are calls of ours.
-        if opens or (name in FORBIDDEN and of in ("os", "shutil", "mmap", "path", "file")):
-            yield f"{of}.{name}"
-        elif name in ("write_bytes", "write_text", "touch", "mkdir", "unlink", "rmdir"):
+        of_os = name in FORBIDDEN and of in ("os", "shutil", "mmap", "path", "file")
+        if opens or of_os or name in PATH_METHODS:
             yield f"{of}.{name}"
 
 
