@@ -80,6 +80,7 @@ class Matrix:
     """An operand over an array."""
 
     is_delta = False
+    reads = ()
 
     def __init__(self, values, dtype=DType.F32):
         self.values, self.dtype, self.shape = values.reshape(-1), dtype, values.shape
