@@ -102,7 +102,7 @@ def table(codes: list[Code]) -> str:
 
 def _cell(code: Code) -> str:
     parts = [f"{code.registers} · {code.instructions}"]
-    if not code.bulk:
+    if not code.bulk and code.loads:
         widths = {**code.loads, **code.stores}
         parts.append("/".join(str(width) for width in sorted(widths)) + " bit")
     for count, what in (

@@ -46,6 +46,9 @@ from .triton_sparse import ROW, merge_kernel
 COPIES = 32
 """Histograms that programs count in, so that few add to the same place at once."""
 
+HELD_OF_ALL = 64
+"""Elements of all sources together that a thread can mask without spilling; half with a variance."""
+
 EVERYWHERE = 1 << 62
 """A place behind every element."""
 
@@ -105,7 +108,10 @@ def merge(
     if shared:
         _place(inputs, masks, 0, masks.rows[-1], rows[places])
     constants = form(inputs.base_code, out_code, padded)
-    constants["HELD"] = held = max(2, min(constants["HELD"], 4 if constants["WIDE"] else 8))
+    held = min(
+        constants["HELD"], 4 if constants["WIDE"] else 8, HELD_OF_ALL // (1 + shared) // places
+    )
+    constants["HELD"] = held = max(2, held)
     constants["BLOCK"] = block = NUM_WARPS * warp_threads() * held
     kinds = set(masks.rows[used, 0].tolist())
     elems = inputs.base.shape[0]

@@ -52,7 +52,8 @@ def held(codes: Sequence[int], wide: bool) -> int:
     sizes = [ITEM_BYTES[code] for code in codes]
     limit = HELD_BYTES_AMD if warp_threads() == 64 and not wide else HELD_BYTES
     elems = 16 // min(sizes)
-    elem_bytes = 8 * len(sizes) if wide else sum(sizes)
+    # A byte is two when it counts: decoding takes registers beside.
+    elem_bytes = 8 * len(sizes) if wide else sum(max(size, 2) for size in sizes)
     while elems > 1 and elems * elem_bytes > limit:
         elems //= 2
     return elems

@@ -89,7 +89,10 @@ def signal_at_random(arguments, tmp_path, times):
         )
         time.sleep(rng.uniform(0.5, 1.1) * whole_s)
         process.send_signal(number)
-        errors = process.communicate(timeout=60)[1].decode()
+        try:
+            errors = process.communicate(timeout=60)[1].decode()
+        finally:
+            process.kill()
         # Before the program has begun, a signal ends it as it ends any other.
         assert process.returncode in (0, codes[number], -number), errors
         if process.returncode == codes[number]:
