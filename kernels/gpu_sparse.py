@@ -47,7 +47,7 @@ COPIES = 32
 """Histograms that programs count in, so that few add to the same place at once."""
 
 HELD_OF_ALL = 64
-"""Elements of all sources together that a thread can mask without spilling; half with a variance."""
+"""Elements of all sources together that a thread masks without spilling; half with a variance."""
 
 EVERYWHERE = 1 << 62
 """A place behind every element."""
