@@ -30,6 +30,7 @@ from .reference_methods import (
 )
 from .sparse import Inputs, Masks
 from .triton_counts import count_kernel, norms_kernel
+from .triton_elements import ITEM_BYTES
 from .triton_launch import (
     NUM_WARPS,
     OPTIONS,
@@ -47,7 +48,7 @@ COPIES = 32
 """Histograms that programs count in, so that few add to the same place at once."""
 
 HELD_OF_ALL = 64
-"""Elements of all sources together that a thread masks without spilling; half with a variance."""
+"""Elements of all sources together that a thread can mask without spilling."""
 
 EVERYWHERE = 1 << 62
 """A place behind every element."""
@@ -108,9 +109,8 @@ def merge(
     if shared:
         _place(inputs, masks, 0, masks.rows[-1], rows[places])
     constants = form(inputs.base_code, out_code, padded)
-    held = min(
-        constants["HELD"], 4 if constants["WIDE"] else 8, HELD_OF_ALL // (1 + shared) // places
-    )
+    wide_words = constants["WIDE"] or (shared and max(ITEM_BYTES[code] for code in padded) > 2)
+    held = min(constants["HELD"], 4 if wide_words else 8, HELD_OF_ALL // places)
     constants["HELD"] = held = max(2, held)
     constants["BLOCK"] = block = NUM_WARPS * warp_threads() * held
     kinds = set(masks.rows[used, 0].tolist())

@@ -127,11 +127,15 @@ def variance(
     number = tl.full((ELEMS,), 0.0, real) + count.to(real)
     mean, spread = tl.full((ELEMS,), 0.0, real), tl.full((ELEMS,), 0.0, real)
     for i in tl.static_range(len(sources)):
+        if i % 4 == 3:
+            tl.debug_barrier()
         mean += delta_of(
             sources[i], CODES[2 + i], i, count, thetas, base, start, inside, WIDE, ELEMS, HELD
         )
     mean = _divide(mean, number)
     for i in tl.static_range(len(sources)):
+        if i % 4 == 3:
+            tl.debug_barrier()
         value = delta_of(
             sources[i], CODES[2 + i], i, count, thetas, base, start, inside, WIDE, ELEMS, HELD
         )
@@ -177,6 +181,8 @@ def _merge_part(
         keys = variance(old, sources, thetas, count, start, inside, CODES, WIDE, ELEMS, HELD)
         kept = between(keys, rows + len(sources) * _ROW, first + start, ELEMS)
     for i in tl.static_range(len(sources)):
+        if i % 4 == 3:
+            tl.debug_barrier()  # or the compiler loads all sources at once, and spills them
         value = delta_of(
             sources[i], CODES[2 + i], i, count, thetas, old, start, inside, WIDE, ELEMS, HELD
         )

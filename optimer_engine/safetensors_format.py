@@ -94,8 +94,10 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 _METADATA = re.compile(
-    rb'\{"__metadata__":(\{(?:[^{}"]++|"(?:[^"\\]++|\\.)*+")*+\})(?:,(?=")|(?=\}))', re.DOTALL
+    rb'\{ *"__metadata__" *: *(\{(?:[^{}"]++|"(?:[^"\\]++|\\.)*+")*+\}) *(?:, *(?=")|(?=\}))',
+    re.DOTALL,
 )
+_BEGINS_WITH_METADATA = re.compile(rb'\{ *"__metadata__"')
 _FIELDS = (b'"dtype"', b'"shape"', b'"data_offsets"')
 _MINUS_ZERO = re.compile(rb"[\[,:\s]-0")
 _entries = msgspec.json.Decoder(dict[str, _Entry])
@@ -110,11 +112,9 @@ def _decode(raw: bytes, path: Path) -> dict[str, Any]:
     """
     if not raw.startswith(b"{"):
         _refuse(path, f"the header begins with {raw[:1]!r}, not with '{{'")
-    found = _METADATA.match(raw)
-    if found and len(found[1]) > MAX_METADATA_BYTES:
-        _refuse(
-            path, f"__metadata__ of {len(found[1])} bytes, at most {MAX_METADATA_BYTES} expected"
-        )
+    found = _METADATA.match(raw, 0, MAX_METADATA_BYTES)
+    if not found and len(raw) > MAX_METADATA_BYTES and _BEGINS_WITH_METADATA.match(raw):
+        _refuse(path, f"__metadata__ of more than {MAX_METADATA_BYTES} bytes, or damaged")
     text = b"{" + raw[found.end() :] if found else raw
     _check_amount(text, path)
     hidden = b"\\" in text or b"__metadata__" in text

@@ -235,6 +235,7 @@ class WorkFolder:
         Raises:
             OutputError: another part is of another merge, or not whole.
         """
+        durable.sync(self._fd)  # names of shards, before anything vouches for them
         durable.write_file(self._part_report(self.part[0]), msgspec.json.encode(report))
         durable.sync(self._fd)
         if not self.alone():

@@ -206,7 +206,7 @@ def bombs() -> Iterator[tuple[str, bytes, str]]:
     many = b",".join(b'"%d%s' % (n, nothing) for n in range(size // 59))
     yield "tensors", b"{" + many + b"}", "tensors, at most 200000 expected"
     keys = b",".join(b'"%d":""' % n for n in range(1_250_000))
-    yield "metadata", b'{"__metadata__":{' + keys + b"}}", "__metadata__ of"
+    yield "metadata", b'{"__metadata__":{' + keys + b"}}", "__metadata__ of more than 1000000 bytes"
     late = b'{"a' + nothing + b',"__metadata__":{' + keys + b"}}"
     yield "metadata at the end", late, "times ':' in the header"
     start = b'{"a":{"dtype":"U8","shape":['

@@ -39,15 +39,15 @@ class Case:
         base = random_tensors(0) | {f"model.{n}": torch.linspace(-1, 1, 2600) for n in range(3)}
         base["model.steps"] = torch.arange(100)  # copied
         tuned = {k: v for k, v in base.items() if v.is_floating_point()}
-        sources = [
+        self.sources = [
             write_checkpoint("base", base),
             write_checkpoint("ja", {**base, **nearby(tuned, 1)}),
         ]
         for name in ("tokenizer.json", "generation_config.json", "merges.txt")[: self._companions]:
-            (sources[0] / name).write_text(f'{{"name": "{name}"}}')
+            (self.sources[0] / name).write_text(f'{{"name": "{name}"}}')
         self.recipe = {
-            "base": str(sources[0]),
-            "sources": [{"name": "ja", "model": str(sources[1]), "weight": 0.5}],
+            "base": str(self.sources[0]),
+            "sources": [{"name": "ja", "model": str(self.sources[1]), "weight": 0.5}],
             "max_shard_size": "1GB" if kind == "single" else "9kB",
         }
         self.parts = [(n, 3) for n in (1, 2, 3)] if kind == "parts" else [(1, 1)]

@@ -149,7 +149,7 @@ def test_a_source_that_cannot_be_read_for_a_while_costs_nothing(make_case, monke
     out = case.folder / "run" / "out"
     out.parent.mkdir()
     read, write, written = os.preadv, Stepwise.write_run, itertools.count()
-    source, failing = (case.folder / "ja" / "model.safetensors").stat().st_ino, False
+    source, failing = (case.sources[1] / "model.safetensors").stat().st_ino, False
 
     def fails(fd, buffers, offset):
         if failing and os.fstat(fd).st_ino == source:
@@ -211,7 +211,7 @@ import errno, os, sys
 from pathlib import Path
 from optimer_engine import durable, folder_sink
 from optimer_engine.cli import main
-folder_sink.SETTLE_BYTES = 200_000
+folder_sink.SETTLE_BYTES, folder_sink.MAX_UNSETTLED_BYTES = 200_000, 500_000
 folder_sink.FolderSink._check_space = lambda self: None
 os.posix_fallocate = lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "cannot"))
 sys.argv = ["optimer", "merge", {str(tmp_path / "recipe.json")!r}, "-o", "out"]

@@ -18,8 +18,8 @@ from tests.faults.disk import Dying, Failing, Killed, Recording, survivors
 
 def machine(case):
     """A class of machines over one case, made once."""
-    sources = {path: path.stat() for path in sorted(case.folder.glob("*/*.safetensors"))}
-    sources = {path: found for path, found in sources.items() if "whole" not in path.parts}
+    paths = [folder / "model.safetensors" for folder in case.sources]
+    sources = {path: path.stat() for path in paths}
 
     class Machine(RuleBasedStateMachine):
         def __init__(self):

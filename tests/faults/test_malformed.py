@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import tracemalloc
@@ -92,10 +93,13 @@ def test_header_bombs_do_not_go_off(tmp_path, header, words):
     _, peak_bytes, error = cost(lambda: read(path))
     check_message(error, path, words)
     assert peak_bytes < 50 << 20
-    started = time.process_time()
-    with pytest.raises(CheckpointError):
-        read(path)
-    assert time.process_time() - started < 0.3  # 0.1 on a quiet core
+    took_s = []
+    for _ in range(3):
+        started = time.process_time()
+        with pytest.raises(CheckpointError):
+            read(path)
+        took_s.append(time.process_time() - started)
+    assert min(took_s) < 0.3  # 0.1 on a quiet core
 
 
 @pytest.mark.parametrize("number", range(len(FOLDERS)), ids=[name for name, *_ in FOLDERS])
@@ -154,6 +158,24 @@ def test_what_is_odd_but_harmless_is_noted(tmp_path):
         "num_hidden_layers 1, the files hold 2 layers",
     ):  # fmt: skip
         assert words in notes
+
+
+def test_a_large_header_in_any_usual_spelling_is_read(tmp_path):
+    """As of a model with very many experts; metadata may hold JSON in a text."""
+    one = {"dtype": "U8", "shape": [1]}
+    tensors = {
+        f"model.layers.0.mlp.experts.{n}.down_proj.weight": {**one, "data_offsets": [n, n + 1]}
+        for n in range(50_000)
+    }
+    metadata = {"format": "pt", "note": '{"a": [1, "{"]}'}
+    path = tmp_path / "x.safetensors"
+    for separators in ((",", ":"), (", ", ": ")):
+        header = json.dumps({"__metadata__": metadata, **tensors}, separators=separators)
+        assert len(header) > 4_000_000
+        path.write_bytes(malformed.file_of(header.encode(), len(tensors)))
+        found, read_metadata = read(path)
+        assert found.keys() == tensors.keys()
+        assert read_metadata == metadata
 
 
 def test_a_linked_file_is_read_as_the_hubs_cache_has_it(tmp_path):

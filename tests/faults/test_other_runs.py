@@ -82,7 +82,7 @@ def test_a_source_written_to_between_two_runs_is_not_mixed_with_itself(make_case
     out = case.folder / "run" / "out"
     out.parent.mkdir()
     interrupted(case, out, 70)
-    source = case.folder / "ja" / "model.safetensors"
+    source = case.sources[1] / "model.safetensors"
     with Checkpoint.open(source.parent) as opened:
         place, before = opened.tensors["model.1"].offset + 700, opened.fingerprint
     content = bytearray(source.read_bytes())
