@@ -54,7 +54,7 @@ Backend = Literal["pread", "mmap"]
 
 _SCALES = (".weight_scale_inv", ".weight_scale", ".input_scale")
 
-RELEASE_BYTES = 32 << 20
+RELEASE_BYTES = 16 << 20
 """The mmap backend releases pages in pieces of this size: smaller ones split large pages."""
 
 SAMPLES, SAMPLE_BYTES = 8, 512

@@ -33,6 +33,10 @@ MEM_LIMIT = "512MiB"
 TILE_BYTES = 512 * 1024
 """Per operand: larger tiles fall out of the second-level cache, smaller ones cost bookkeeping."""
 MIN_TILE_BYTES = 16 * 1024
+RING_BYTES = 4 << 20
+"""Of a thread's tiles together: from eight sources on, more of them means smaller tiles..."""
+LEAST_TILE_BYTES = 64 * 1024
+"""...down to this size, below which starting a tile costs as much as doing it."""
 BOOKKEEPING_BYTES = 500
 """Rough cost in memory of one tensor's names and offsets in one checkpoint."""
 
@@ -248,8 +252,11 @@ def placed(made: Plan) -> Plan:
 
 
 def fitted(made: Plan, mem_limit: int | str) -> Plan:
-    """The plan with tiles that keep it within the limit."""
+    """The plan with tiles that keep it within the limit, and that many sources do not enlarge."""
     limit = parse_bytes(mem_limit)
+    rows, _ = made.ring_shape
+    while rows * made.tile_bytes > RING_BYTES and made.tile_bytes > LEAST_TILE_BYTES:
+        made = replace(made, tile_bytes=made.tile_bytes // 2)
     while made.projected_mem_bytes > limit:
         if made.tile_bytes // 2 < MIN_TILE_BYTES:
             raise MemoryLimitError(

@@ -11,6 +11,7 @@ import hashlib
 import heapq
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,13 +104,22 @@ class ShardFile:
         begin, end = self.settled, self.written
         if begin == end or (end - begin < at_least and end < self.size):
             return
-        durable.sync_data(self._fd)
-        digest = hash_range(self._fd, begin, end, self._sha256)
+        digest = self._sync_and_hash(begin, end)
         self._journal.append(Claim(self.number, begin, end, digest))
         self.digests.append((begin, end, digest))
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
         self.settled = end
+
+    def _sync_and_hash(self, begin: int, end: int) -> str:
+        if end - begin < COPY_BYTES:
+            durable.sync_data(self._fd)
+            return hash_range(self._fd, begin, end, self._sha256)
+        with ThreadPoolExecutor(1) as beside:  # the disk works while this thread hashes
+            synced = beside.submit(durable.sync_data, self._fd)
+            digest = hash_range(self._fd, begin, end, self._sha256)
+            synced.result()
+        return digest
 
     def finish(self) -> tuple[list[Digest], str]:
         """Sync the whole file; hashes of ranges that cover it, and its sha256 (hex)."""
