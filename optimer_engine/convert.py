@@ -26,7 +26,7 @@ from optimer_engine import durable
 from optimer_engine.checkpoint import COMPANIONS
 from optimer_engine.errors import CheckpointError, OutputError, quoted
 from optimer_engine.folder_sink import NUMERICS_VERSION
-from optimer_engine.journal import hash_range, sha256_of
+from optimer_engine.journal import hash_range
 from optimer_engine.model_folder import is_plain, read_json
 from optimer_engine.report import Report, versions
 from optimer_engine.safetensors_format import place, read_header
@@ -103,7 +103,6 @@ def _convert(folder: Path, pickles: list[Path], names: dict[str, str], work: Wor
             size = os.fstat(fd).st_size
             durable.sync(fd)
             report.files[made.name] = [(0, size, hash_range(fd, 0, size))]
-            report.sha256[made.name] = sha256_of(fd)
         finally:
             os.close(fd)
         twice = sorted(tensors.keys() & weight_map.keys())

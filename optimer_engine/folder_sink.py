@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import shutil
 import threading
@@ -201,7 +200,7 @@ class FolderSink(Sink):
         assert work is not None
         report.identity = self._identity
         for shard in self._shards.values():
-            report.files[shard.name], report.sha256[shard.name] = shard.finish()
+            report.files[shard.name] = shard.finish()
         if self._plan.part[1] > 1:
             report.part = "{}/{}".format(*self._plan.part)
             whole = work.is_last(report)
@@ -212,7 +211,6 @@ class FolderSink(Sink):
         for name, content in self._small_files(report).items():
             durable.write_file(work.path / name, content)
             report.files[name] = [(0, len(content), xxhash.xxh3_128_hexdigest(content))]
-            report.sha256[name] = hashlib.sha256(content).hexdigest()
         work.publish(report)
 
     def _small_files(self, report: Report) -> dict[str, bytes]:

@@ -9,7 +9,6 @@ that the data before it did not.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -152,14 +151,6 @@ def hash_range(fd: int, begin: int, end: int, sha256: Any = None) -> str:
     return digest.hexdigest()
 
 
-def sha256_of(fd: int) -> str:
-    """sha256 (hex) of an open file."""
-    digest = hashlib.sha256()
-    for piece in _pieces(fd, 0, os.fstat(fd).st_size):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
 def _pieces(fd: int, begin: int, end: int) -> Iterator[memoryview]:
     view = memoryview(bytearray(min(HASH_BYTES, max(0, end - begin))))
     while begin < end:
@@ -170,8 +161,12 @@ def _pieces(fd: int, begin: int, end: int) -> Iterator[memoryview]:
         begin += count
 
 
-def damage(path: Path, ranges: list[tuple[int, int, str]]) -> str:
-    """What is wrong with a file that should have these hashes, which cover it; "" if nothing."""
+def damage(path: Path, ranges: list[tuple[int, int, str]], sha256: Any = None) -> str:
+    """What is wrong with a file that should have these hashes, which cover it; "" if nothing.
+
+    Args:
+        sha256: a hashlib object that takes the file's bytes.
+    """
     try:
         # O_NONBLOCK: a FIFO that took the file's place must not be waited for.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -186,7 +181,7 @@ def damage(path: Path, ranges: list[tuple[int, int, str]]) -> str:
         if size != expected:
             return f"{size} bytes, {expected} were published"
         for begin, end, published in ranges:
-            found = hash_range(fd, begin, end)
+            found = hash_range(fd, begin, end, sha256)
             if found != published:
                 return f"bytes {begin} to {end} have hash {found}, {published} was published"
     except OSError as error:

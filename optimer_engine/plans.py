@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from optimer_engine.sink import Sink
 
 MEM_LIMIT = "512MiB"
-TILE_BYTES = 512 * 1024
-"""Per operand: larger tiles fall out of the second-level cache, smaller ones cost bookkeeping."""
+TILE_BYTES = 1 << 20
+"""Per operand: larger tiles fall out of the caches, smaller ones make threads wait for the GIL."""
 MIN_TILE_BYTES = 16 * 1024
-RING_BYTES = 4 << 20
+RING_BYTES = 8 << 20
 """Of a thread's tiles together: from eight sources on, more of them means smaller tiles..."""
 LEAST_TILE_BYTES = 64 * 1024
 """...down to this size, below which starting a tile costs as much as doing it."""

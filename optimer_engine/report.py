@@ -32,7 +32,6 @@ class Report(msgspec.Struct, kw_only=True):
         warnings: what was noticed and not refused.
         part: "i/n" for one part of a merge that n runs share, whose last one publishes.
         files: ranges and hashes that cover every file of the output but report.json itself.
-        sha256: of each of them, as hubs publish it.
         identity: hash of all that decides the output's bytes; equal ones are the same output.
         versions: of this package, Python and the libraries that touched the numbers.
     """
@@ -57,7 +56,6 @@ class Report(msgspec.Struct, kw_only=True):
     warnings: list[str] = []
     versions: dict[str, str] = {}
     files: dict[str, list[Digest]] = {}
-    sha256: dict[str, str] = {}
     identity: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +73,6 @@ def combined(parts: Sequence[Report]) -> Report:
         wall_s=max(part.wall_s for part in parts),
         peak_mem_bytes=max(part.peak_mem_bytes for part in parts),
         files={name: digests for part in parts for name, digests in part.files.items()},
-        sha256={name: digest for part in parts for name, digest in part.sha256.items()},
     )
 
 

@@ -7,11 +7,9 @@ and keeps.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +44,6 @@ class ShardFile:
         self._kept: list[tuple[int, int]] = []
         self._ahead: list[tuple[int, int]] = []
         self._lock = threading.Lock()
-        self._sha256 = hashlib.sha256(shard.header)
         for claim in journal.claims:
             if claim.file == number and self._holds(claim):
                 begin = claim.begin
@@ -104,29 +101,20 @@ class ShardFile:
         begin, end = self.settled, self.written
         if begin == end or (end - begin < at_least and end < self.size):
             return
-        digest = self._sync_and_hash(begin, end)
+        durable.sync_data(self._fd)
+        digest = hash_range(self._fd, begin, end)
         self._journal.append(Claim(self.number, begin, end, digest))
         self.digests.append((begin, end, digest))
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
         self.settled = end
 
-    def _sync_and_hash(self, begin: int, end: int) -> str:
-        if end - begin < COPY_BYTES:
-            durable.sync_data(self._fd)
-            return hash_range(self._fd, begin, end, self._sha256)
-        with ThreadPoolExecutor(1) as beside:  # the disk works while this thread hashes
-            synced = beside.submit(durable.sync_data, self._fd)
-            digest = hash_range(self._fd, begin, end, self._sha256)
-            synced.result()
-        return digest
-
-    def finish(self) -> tuple[list[Digest], str]:
-        """Sync the whole file; hashes of ranges that cover it, and its sha256 (hex)."""
+    def finish(self) -> list[Digest]:
+        """Sync the whole file; hashes of ranges that cover it."""
         durable.sync(self._fd)
         start = len(self.header)
         first = (0, start, hash_range(self._fd, 0, start))
-        return [first, *self.digests], self._sha256.hexdigest()
+        return [first, *self.digests]
 
     def close(self) -> None:
         """Close the file; the number may soon be another's, so it is forgotten."""

@@ -18,7 +18,8 @@ from optimer_engine.types import format_bytes
 def command(out: Path, full: bool, as_json: bool) -> None:
     """Check that a merged model or a vector is whole and unchanged.
 
-    Reads the folder OUT once and compares it with the hashes that were published with it.
+    Reads the folder OUT once, compares it with the hashes that were published with it, and prints
+    the sha256 of every file, as hubs show it.
 
     \b
     Example:
@@ -28,7 +29,8 @@ def command(out: Path, full: bool, as_json: bool) -> None:
     from optimer_engine.verify import verify_output
 
     result: dict[str, Any] = verify_output(out, full=full, callbacks=[bar(f"verify {out.name}")])
+    lines = [f"{digest}  {name}" for name, digest in sorted(result["sha256"].items())]
     text = f"{out}: {result['files']} files, {format_bytes(result['bytes'])} as published"
     if full:
         text += f"; {format_bytes(result['recomputed'])} computed again and equal"
-    emit(result, text, as_json)
+    emit(result, "\n".join([text, *lines]), as_json)
