@@ -37,6 +37,8 @@ RING_BYTES = 8 << 20
 """Of a thread's tiles together: from eight sources on, more of them means smaller tiles..."""
 LEAST_TILE_BYTES = 64 * 1024
 """...down to this size, below which starting a tile costs as much as doing it."""
+HUGE_PAGES_FROM_BYTES, HUGE_PAGE_BYTES = 4 << 20, 2 << 20
+"""numpy asks for huge pages for arrays from this size on; the last page is never quite used."""
 BOOKKEEPING_BYTES = 500
 """Rough cost in memory of one tensor's names and offsets in one checkpoint."""
 
@@ -129,12 +131,16 @@ class Plan:
             for row in self.rows
         )
         rows, row_bytes = self.ring_shape
-        per_thread = rows * row_bytes + max(computed, default=0)
+        ring_bytes = rows * row_bytes
+        if ring_bytes >= HUGE_PAGES_FROM_BYTES:
+            ring_bytes += HUGE_PAGE_BYTES
+        per_thread = ring_bytes + max(computed, default=0)
         shared, threads = 0, self.threads + self.spare_threads
         for run in self._method_runs():
             assert run.method is not None
             memory = run.method.memory(run.recipe)
-            shared = max(shared, memory.shared_bytes + threads * memory.thread_bytes)
+            # What the threads found is added up in one more of the same.
+            shared = max(shared, memory.shared_bytes + (threads + 1) * memory.thread_bytes)
         bookkeeping = BOOKKEEPING_BYTES * rows * len(self.rows)
         # A job's last tiles overlap the next one's first: two statistics may be held at once.
         downloads = memory_bytes(self.checkpoints)
