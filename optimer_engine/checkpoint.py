@@ -57,6 +57,9 @@ _SCALES = (".weight_scale_inv", ".weight_scale", ".input_scale")
 RELEASE_BYTES = 16 << 20
 """The mmap backend releases pages in pieces of this size: smaller ones split large pages."""
 
+FREE_BYTES = 32 << 20
+"""Pages of the cache are given back in pieces of this size, one piece behind the reader."""
+
 SAMPLES, SAMPLE_BYTES = 8, 512
 """The fingerprint reads this many evenly spaced pieces of each tensor; a small one whole."""
 
@@ -91,6 +94,7 @@ class Checkpoint:
         self.files: list[_File] = []
         self._maps: dict[int, mmap.mmap] = {}
         self._released: dict[int, int] = {}
+        self._freed: dict[int, int] = {}
         self._noted: list[str] = []
 
     @classmethod
@@ -304,6 +308,14 @@ class Checkpoint:
             ahead = min(len(mapped) - behind, 3 * RELEASE_BYTES)
             mapped.madvise(mmap.MADV_WILLNEED, behind, ahead)
         return np.frombuffer(mapped, np.uint8, size, offset)
+
+    def free_behind(self, file: int, offset: int) -> None:
+        """Give what lies well before `offset` back from the page cache to the system."""
+        behind = offset // FREE_BYTES * FREE_BYTES - FREE_BYTES
+        last = self._freed.get(file, 0)
+        if behind > last and hasattr(os, "posix_fadvise"):
+            self._freed[file] = behind
+            os.posix_fadvise(self.files[file].fd, last, behind - last, os.POSIX_FADV_DONTNEED)
 
     def view(self, name: str) -> np.ndarray:
         """Tensor `name` as a read-only array on a lazy memory mapping, in its storage dtype.

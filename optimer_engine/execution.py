@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -31,14 +31,15 @@ from optimer_engine.runs import DIFFERENCE, Run
 from optimer_engine.sink import Sink
 from optimer_engine.types import DType
 
-if TYPE_CHECKING:
-    pass
-
 SETTLE_EVERY_S = 0.01
 
 SLOW_BYTES_PER_S = 1e9
 """Of one thread's reading: the page cache gives several times as much, a disk less."""
 SAMPLED_BYTES = 64 << 20
+KEPT_SHARE = 0.25
+"""Of the available memory: inputs that are slow and larger than this leave the page cache again.
+
+Keeping them would push out what others need, and fresh pages are dear on virtual machines."""
 
 COPY_BYTES = 16 << 20
 """Unchanged tensors are copied from file to file in pieces of this size."""
@@ -112,7 +113,7 @@ class Execution:
         self.plan, self.sink, self.callbacks, self.kernel = made, sink, callbacks, kernel
         self.bytes_read = 0
         self.read_s = 0.0
-        self.slow = self.drained = False
+        self.slow = self.frees = self.drained = False
         self.kept = Kept()
         self.changed = threading.Condition()
         self.stop = threading.Event()
@@ -227,7 +228,12 @@ class Execution:
             if self.bytes_read > SAMPLED_BYTES and not self.slow:
                 self.slow = self.bytes_read < SLOW_BYTES_PER_S * self.read_s
                 if self.slow:
+                    self.frees = self._inputs_bytes() > KEPT_SHARE * _available_bytes()
                     self.changed.notify_all()
+
+    def _inputs_bytes(self) -> int:
+        opened = [checkpoint for checkpoint in self.plan.checkpoints if checkpoint is not None]
+        return sum(info.nbytes for checkpoint in opened for info in checkpoint.tensors.values())
 
     def _do(self, job: _Job, start: int, stop: int, ring: np.ndarray) -> tuple[int, int]:
         """One tile of a pass or of the merge: (bytes read, bytes of output done)."""
@@ -245,6 +251,11 @@ class Execution:
         tiles = _read(run, start, stop, ring)
         read_bytes = sum(tile.nbytes for tile in tiles)
         self._note_speed(time.perf_counter() - begun)
+        if self.frees and out_bytes:  # in the last pass: nobody reads these elements again
+            for operand in run.operands:
+                if isinstance(operand, Stored):
+                    here = operand.offset + start * operand.dtype.itemsize
+                    operand.checkpoint.free_behind(operand.file, here)
         if run.copied:
             for (number, _), tile in zip(run.sources, tiles[1:], strict=True):
                 if not np.array_equal(tiles[0], tile):
@@ -331,6 +342,13 @@ class Execution:
             where="output",
             todo="use smaller weights or out_dtype: float32",
         )
+
+
+def _available_bytes() -> int:
+    import psutil
+
+    available: int = psutil.virtual_memory().available
+    return available
 
 
 def _row(buffer: np.ndarray, elems: int, dtype: DType) -> np.ndarray:
