@@ -11,6 +11,7 @@ they merge; while the last tiles of a pass are under way, the other threads star
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -36,10 +37,10 @@ SETTLE_EVERY_S = 0.01
 SLOW_BYTES_PER_S = 1e9
 """Of one thread's reading: the page cache gives several times as much, a disk less."""
 SAMPLED_BYTES = 64 << 20
-KEPT_SHARE = 0.25
-"""Of the available memory: inputs that are slow and larger than this leave the page cache again.
-
-Keeping them would push out what others need, and fresh pages are dear on virtual machines."""
+KEPT_SHARE = 0.2
+"""Of the machine's memory: larger inputs that are slow leave the page cache behind the reader, as
+those do that it cannot hold. They would push out what others need, and on virtual machines pages
+that are given back and taken again cost far less than fresh ones."""
 
 COPY_BYTES = 16 << 20
 """Unchanged tensors are copied from file to file in pieces of this size."""
@@ -113,7 +114,8 @@ class Execution:
         self.plan, self.sink, self.callbacks, self.kernel = made, sink, callbacks, kernel
         self.bytes_read = 0
         self.read_s = 0.0
-        self.slow = self.frees = self.drained = False
+        self.slow = self.drained = False
+        self.frees = self._share_of_memory() > 1
         self.kept = Kept()
         self.changed = threading.Condition()
         self.stop = threading.Event()
@@ -228,12 +230,13 @@ class Execution:
             if self.bytes_read > SAMPLED_BYTES and not self.slow:
                 self.slow = self.bytes_read < SLOW_BYTES_PER_S * self.read_s
                 if self.slow:
-                    self.frees = self._inputs_bytes() > KEPT_SHARE * _available_bytes()
+                    self.frees |= self._share_of_memory() > KEPT_SHARE
                     self.changed.notify_all()
 
-    def _inputs_bytes(self) -> int:
+    def _share_of_memory(self) -> float:
         opened = [checkpoint for checkpoint in self.plan.checkpoints if checkpoint is not None]
-        return sum(info.nbytes for checkpoint in opened for info in checkpoint.tensors.values())
+        inputs = sum(info.nbytes for each in opened for info in each.tensors.values())
+        return inputs / (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     def _do(self, job: _Job, start: int, stop: int, ring: np.ndarray) -> tuple[int, int]:
         """One tile of a pass or of the merge: (bytes read, bytes of output done)."""
@@ -342,13 +345,6 @@ class Execution:
             where="output",
             todo="use smaller weights or out_dtype: float32",
         )
-
-
-def _available_bytes() -> int:
-    import psutil
-
-    available: int = psutil.virtual_memory().available
-    return available
 
 
 def _row(buffer: np.ndarray, elems: int, dtype: DType) -> np.ndarray:
