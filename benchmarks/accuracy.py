@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -96,10 +97,19 @@ def compare(
 
 def of_folder(out: Path, inputs: Inputs) -> Accuracy:
     """Compare the bf16 checkpoint in `out`, read by safetensors, with the oracle."""
-    tensors = [_tensors(folder) for folder in (out, inputs.base, *inputs.sources)]
-    merged, base = tensors[:2]
+    return _of_tensors(_tensors(out), inputs, out.name)
+
+
+def of_model(model: Any, inputs: Inputs) -> Accuracy:
+    """Compare the bf16 parameters of a loaded model with the oracle."""
+    return _of_tensors({k: _bits(p.detach()) for k, p in model.named_parameters()}, inputs, "model")
+
+
+def _of_tensors(merged: dict[str, np.ndarray], inputs: Inputs, what: str) -> Accuracy:
+    tensors = [merged, *(_tensors(folder) for folder in (inputs.base, *inputs.sources))]
+    base = tensors[1]
     if set(merged) != set(base):
-        raise RuntimeError(f"{out.name}: tensors lack or abound: {set(merged) ^ set(base)}")
+        raise RuntimeError(f"{what}: tensors lack or abound: {set(merged) ^ set(base)}")
     total = Accuracy()
     for name in base:
         for start, stop in _spans(name, base[name].size):
@@ -118,11 +128,16 @@ def _spans(name: str, size: int) -> Iterator[tuple[int, int]]:
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor of a folder, flat, as bits on a lazy memory mapping."""
-    import torch
     from safetensors.torch import load_file
 
     loaded = {k: v for file in weight_files(folder) for k, v in load_file(file).items()}
     wrong = {str(v.dtype) for v in loaded.values()} - {"torch.bfloat16"}
     if wrong:
         raise RuntimeError(f"{folder.name}: {', '.join(wrong)} found, bfloat16 expected")
-    return {k: v.flatten().view(torch.int16).numpy().view(np.uint16) for k, v in loaded.items()}
+    return {k: _bits(v) for k, v in loaded.items()}
+
+
+def _bits(tensor: Any) -> np.ndarray:
+    import torch
+
+    return np.asarray(tensor.flatten().view(torch.int16).numpy().view(np.uint16))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks import kernel, memory, merge, methods, startup, vectors
+from benchmarks import kernel, memory, merge, methods, overhead, startup, vectors
 
 CASES = {
     "kernel": kernel,
     "memory": memory,
     "merge": merge,
     "methods": methods,
+    "overhead": overhead,
     "startup": startup,
     "vectors": vectors,
 }

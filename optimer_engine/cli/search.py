@@ -79,11 +79,35 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0), help="Default: 0.")
 @click.option("--dtype", help="Of the live model; default float32.")
 @click.option("--device", help="Of the live model, e.g. cuda; default cpu.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Run folder.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Trials scored at once by processes on this machine, one GPU each; default 1.",
+)
+@click.option(
+    "--dask-scheduler",
+    "scheduler",
+    metavar="ADDRESS",
+    help="Let the workers of a Dask cluster score the trials, e.g. tcp://host:8786.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Run folder; default runs/NAME for NAME.yaml, or NAME beside the run that is reused.",
+)
 @click.option(
     "--reuse",
     type=click.Path(path_type=Path),
     help="An earlier run over the same vectors: score its trials anew, without evaluating.",
+)
+@click.option(
+    "--objective",
+    "objective_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="With --reuse: search what that run searched, for the objective (and other keys) in FILE.",
 )
 @json_option
 def command(
@@ -104,8 +128,11 @@ def command(
     seed: int | None,
     dtype: str | None,
     device: str | None,
-    out: Path,
+    workers: int,
+    scheduler: str | None,
+    out: Path | None,
     reuse: Path | None,
+    objective_file: Path | None,
     as_json: bool,
 ) -> None:
     """Search the weights of a merge for an objective, and merge the best.
@@ -119,7 +146,8 @@ def command(
       optimer search search.yaml -o runs/all
       optimer search --base base --vector ja=vectors/ja --vector math=vectors/math \\
           --corpus ja=ja.dev.txt --corpus math=math.dev.jsonl --trials 40 -o runs/all
-      optimer search math_only.yaml --reuse runs/all --trials 10 -o runs/math
+      optimer search --objective math.yaml --reuse runs/all --trials 10
+      optimer search search.yaml --workers 4 --device cuda -o runs/all
       optimer search --merge 17 -o runs/all
 
     \b
@@ -135,8 +163,9 @@ def command(
     """
     import msgspec
 
-    from optimer_engine.recipe import decode, read_config
-    from optimer_engine.search import SearchConfig, merge_trial, run_search
+    from optimer_engine.recipe import decode, read_config, read_yaml
+    from optimer_engine.search import SearchConfig, merge_trial, run_search, searched_in
+    from optimer_engine.search.config import with_objective
     from optimer_engine.search.progress import bar
 
     described = (
@@ -152,28 +181,41 @@ def command(
         heldout,
     )
     if number is not None:
-        if config is not None or any(described):
+        if config is not None or any(described) or out is None:
             raise RecipeError("--merge takes --out and nothing else", where="search")
         folder = merge_trial(out, number)
         emit({"trial": number, "out": str(folder)}, str(folder), as_json)
         return
-    if (config is None) == (base is None) or (config is not None and any(described)):
+    if (objective_file is not None) + (config is not None) + any(described) != 1:
         raise RecipeError(
-            "give a file, or --base with --vector and --corpus or --task, and not both",
+            "give a file, or --base with --vector and --corpus or --task, or --objective with"
+            " --reuse, and not both",
             where="search",
             todo="optimer search --help shows an example of each",
         )
-    if config is not None:
+    if objective_file is not None:
+        if reuse is None:
+            raise RecipeError("needs the run to --reuse", where="--objective")
+        found = read_yaml(objective_file)
+        changes = found if isinstance(found, dict) else {}
+        wanted = with_objective(searched_in(reuse), changes, str(objective_file))
+        out = out or reuse.resolve().parent / objective_file.stem
+    elif config is not None:
         wanted = read_config(config, SearchConfig)
+        out = out or Path("runs") / config.stem
     else:
         data = _described(*described)
         wanted = decode(data, SearchConfig, "search")
+    if out is None:
+        raise RecipeError("is needed where no file gives the run a name", where="--out")
     given = {
         "trials": trials, "seed": seed, "dtype": dtype, "device": device, "aggregate": aggregate
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     wanted = decode(msgspec.to_builtins(wanted) | given, SearchConfig, "search")
-    report = run_search(wanted, out, reuse=reuse, callbacks=[bar("search")])
+    report = run_search(
+        wanted, out, reuse=reuse, workers=workers, scheduler=scheduler, callbacks=[bar("search")]
+    )
     emit(report.to_dict(), f"{table(report, wanted)}\n{out}", as_json)
 
 

@@ -3,8 +3,9 @@
     report = run_search(SearchConfig(base=..., vectors=[...], objective=[...]), "runs/a")
 
 Modules, from what a user writes to what is found: ``config`` → ``space`` → ``runner`` → ``loop``.
-The loop asks ``proposals`` (known points, SMAC through ``adviser``, or ``paper``), lets
-``evaluation`` score a trial in the stages of ``staging``, and keeps it in ``trials``, the journal.
+The loop asks ``proposals`` (known points, SMAC through ``adviser``, or ``paper``), lets a ``crew``
+(this process, or the ``workers`` of a cluster) score a trial by the steps of ``evaluation`` in the
+stages of ``staging``, and keeps it in ``trials``, the journal.
 ``cost`` makes numbers of scores and ``landscape`` a model of the numbers (``surrogate``). What is
 scored is a ``subject``: ``live`` is the pool as one loaded model; ``objectives`` joins ``corpus``,
 ``tasks``, ``vllm`` and ``command``. ``answers`` knows what was measured before, ``report`` and
@@ -18,7 +19,7 @@ from optimer_engine.search.corpus import CorpusObjective, bits_per_byte
 from optimer_engine.search.loop import TrialDone
 from optimer_engine.search.objective import Score
 from optimer_engine.search.report import SearchReport
-from optimer_engine.search.runner import merge_trial, run_search
+from optimer_engine.search.runner import merge_trial, run_search, searched_in
 
 __all__ = [
     "CorpusObjective",
@@ -31,4 +32,5 @@ __all__ = [
     "bits_per_byte",
     "merge_trial",
     "run_search",
+    "searched_in",
 ]

@@ -45,6 +45,7 @@ def propose(
     seed: int,
     model: GaussianProcess | None = None,
     limits: Sequence[GaussianProcess] = (),
+    running: np.ndarray | None = None,
 ) -> np.ndarray:
     """The point to try next.
 
@@ -56,12 +57,19 @@ def propose(
         limits: models of what must not be positive, fitted to the same points; the expected
             improvement is multiplied by the probability that it is not (Gardner and others,
             "Bayesian optimization with inequality constraints", 2014).
+        running: points being tried, in the unit cube, float64 [m, d]. The models believe that each
+            will cost what they expect of it (the "kriging believer" of Ginsbourger, Le Riche and
+            Carraro, "Kriging is well-suited to parallelize optimization", 2010), so that the next
+            proposal goes where there is still something to learn.
 
     Returns:
         A point of the unit cube, float64 [d].
     """
     if model is None:
         model = GaussianProcess().fit(points, costs)
+    if running is not None and len(running):
+        model = model.believing(running)
+        limits = [limit.believing(running) for limit in limits]
     space = ConfigurationSpace(seed=seed)
     names = [f"w{i:04d}" for i in range(points.shape[1])]  # sorts as it counts
     space.add([Float(name, (0.0, 1.0)) for name in names])
@@ -87,6 +95,10 @@ def propose(
             values = {name: float(x) for name, x in zip(names, point, strict=True)}
             info = TrialInfo(Configuration(space, values=values), seed=0)
             smac.tell(info, TrialValue(cost=float(cost)), save=False)
+        for point in [] if running is None else running:
+            values = {name: float(x) for name, x in zip(names, point, strict=True)}
+            info = TrialInfo(Configuration(space, values=values), seed=0)
+            smac.runhistory.add_running_trial(info)
         config = smac.ask().config
     return np.array([config[name] for name in names], dtype=np.float64)
 

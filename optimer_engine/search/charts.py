@@ -94,6 +94,32 @@ class Chart:
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
+def matrix(names: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:
+    """A table of numbers from -1 to 1 as an SVG, the stronger the further from 0."""
+    cell, left = 56, 12 + 7 * max(map(len, names))
+    width, height = left + cell * len(names) + 4, 24 + cell * len(names)
+    drawn = []
+    for i, (name, row) in enumerate(zip(names, values, strict=True)):
+        y = 20 + i * cell
+        drawn.append(
+            f'<text x="{left - 6}" y="{y + cell / 2 + 3}" text-anchor="end">{escape(name)}</text>'
+            f'<text x="{left + (i + 0.5) * cell}" y="14" text-anchor="middle">{escape(name)}</text>'
+        )
+        for j, value in enumerate(row):
+            x = left + j * cell
+            kind = "heat" if value is None or value >= 0 else "against"
+            drawn.append(
+                f'<rect class="{kind}" x="{x}" y="{y}" width="{cell - 2}" height="{cell - 2}"'
+                f' opacity="{0.08 + 0.72 * min(1.0, abs(value or 0.0)):.2f}"/>'
+                f'<text class="ink" x="{x + cell / 2 - 1}" y="{y + cell / 2 + 3}"'
+                f' text-anchor="middle">{"–" if value is None else f"{value:.3f}"}</text>'
+            )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img"'
+        f' aria-label="cosines between vectors">{"".join(drawn)}</svg>'
+    )
+
+
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = float(min(values)), float(max(values))
     return (low, high) if high > low else (low - 0.5, high + 0.5)

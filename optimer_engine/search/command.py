@@ -27,12 +27,13 @@ class CommandObjective:
 
     Args:
         terms: each with ``command`` and ``higher_is_better``.
+        limit_s: how long each program may run.
     """
 
     takes = "folder"
 
-    def __init__(self, terms: Sequence[Term]) -> None:
-        self._terms = list(terms)
+    def __init__(self, terms: Sequence[Term], limit_s: float | None = None) -> None:
+        self._terms, self._limit_s = list(terms), limit_s
 
     @property
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -45,15 +46,22 @@ class CommandObjective:
         Raises:
             RuntimeError: a program failed or printed no score; says what it wrote to stderr.
         """
-        return {t.name: _printed(t, folder) for t in self._terms}
+        return {t.name: _printed(t, folder, self._limit_s) for t in self._terms}
 
 
-def _printed(term: Term, folder: Path) -> Score:
+def _printed(term: Term, folder: Path, limit_s: float | None) -> Score:
     command = [word.replace(PLACE, str(folder)) for word in term.command or []]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=limit_s,
         )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{term.name!r} was stopped after {limit_s:g} s") from error
     except OSError as error:
         raise RuntimeError(f"{term.name!r} cannot run {command[0]!r}: {error.strerror}") from error
     said = done.stderr.strip().splitlines()[-1:] or ["nothing on stderr"]

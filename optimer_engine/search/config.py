@@ -18,7 +18,8 @@ weights. Paths are taken as written, relative to the working folder.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 
@@ -102,6 +103,7 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         objective: the terms; the cost is defined in ``cost.py``.
         heldout: terms that the search never sees: only the base, the uniform average, the best
             single vector and the winner are scored on them, when it is over.
+        heldout_share: instead, share of the examples of each term that is kept apart so.
         aggregate: ``mean`` of the terms; ``worst``, the term that gains least; or ``pareto``, which
             looks for all best compromises. ``cost.py`` has the formulas.
         relative: measure each term in per cent of the base's score.
@@ -112,6 +114,7 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         first_share: share of the examples that every trial is scored on; only the hopeful go on,
             twice as many each time, up to all. 1 scores all at once.
         gradient_steps: L-BFGS steps along exact gradients before the search; corpora only.
+        trial_limit_s: seconds after which a trial is given up and counts as failed.
         seed: equal seed and equal trials give equal proposals.
         block_length: tokens per block of a corpus; by default the model's context, at most 1024.
         batch_size: blocks or requests evaluated at once.
@@ -125,6 +128,7 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     vectors: list[Vector]
     objective: list[Term] = []
     heldout: list[Term] = []
+    heldout_share: float = 0.0
     base_revision: str | None = None
     aggregate: Literal["mean", "worst", "pareto"] = "mean"
     relative: bool = False
@@ -133,6 +137,7 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     patience: int = 10
     first_share: float = 0.125
     gradient_steps: int = 0
+    trial_limit_s: float | None = None
     seed: int = 0
     block_length: int | None = None
     batch_size: int = 16
@@ -155,17 +160,29 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
                 raise RecipeError(f"{what}: the name {twice[0]!r} is used twice; names are unique")
         if not 0 <= self.seed <= MOST_SEED:
             raise RecipeError(f"seed must lie in 0..{MOST_SEED}, got {self.seed}")
+        if not 0.0 <= self.heldout_share < 1.0:
+            raise RecipeError(f"heldout_share must lie in [0, 1), got {self.heldout_share}")
+        if self.heldout_share and self.heldout:
+            raise RecipeError("give either heldout or heldout_share")
         if not 0.0 < self.first_share <= 1.0:
             raise RecipeError(f"first_share must lie in (0, 1], got {self.first_share}")
         if self.objective and not any(t.weight for t in self.objective):
             raise RecipeError("every term has weight 0: nothing is left to search for")
         if self.aggregate == "pareto" and len([t for t in self.objective if t.weight]) < 2:
             raise RecipeError("aggregate: pareto needs two terms or more")
+        if self.trial_limit_s is not None and not 0.0 < self.trial_limit_s < math.inf:
+            raise RecipeError(f"trial_limit_s must be above 0, got {self.trial_limit_s}")
         least_of = {"trials": 1, "block_length": 2, "batch_size": 1, "patience": 0}
         for field, least in {**least_of, "gradient_steps": 0}.items():
             value = getattr(self, field)
             if value is not None and value < least:
                 raise RecipeError(f"{field} must be {least} or more, got {value}")
+
+    def to_yaml(self) -> str:
+        """A file that reads as this configuration; what is left at its default is left out."""
+        import yaml
+
+        return yaml.safe_dump(_written(self), sort_keys=False, allow_unicode=True)
 
     @property
     def total_trials(self) -> int:
@@ -173,3 +190,57 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         if self.trials is not None:
             return self.trials
         return 100 if self.method == "paper" else 60
+
+
+def _written(item: msgspec.Struct) -> dict[str, Any]:
+    """The fields of a Struct that are not at their default, as plain data."""
+    found = {}
+    for field in msgspec.structs.fields(item):
+        value = getattr(item, field.name)
+        if isinstance(value, list):
+            value = [_written(x) if isinstance(x, msgspec.Struct) else x for x in value]
+        made = field.default_factory is not msgspec.NODEFAULT
+        default = field.default_factory() if made else field.default
+        if value != default:
+            found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def with_objective(config: SearchConfig, changes: dict[str, Any], where: str) -> SearchConfig:
+    """``config`` with the keys of ``changes``, and nothing of its own objective.
+
+    Raises:
+        RecipeError: ``changes`` has no objective, or what comes out makes no sense; naming
+            ``where`` it was written.
+    """
+    from optimer_engine.recipe import decode
+
+    if not changes.get("objective"):
+        raise RecipeError(
+            "has no objective", where=where, todo="- {name: ja, corpus: ja.dev.txt} under it"
+        )
+    kept = _written(config)
+    for key in ("objective", "heldout", "heldout_share", "aggregate", "relative"):
+        kept.pop(key, None)
+    return decode(kept | changes, SearchConfig, where)
+
+
+def with_absolute_paths(config: SearchConfig) -> SearchConfig:
+    """The same search for a process in another working folder; names of the Hub stay."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).absolute()) if Path(name).exists() else name
+
+    def moved(term: Term) -> Term:
+        paths = {k: getattr(term, k) for k in ("corpus", "tasks_dir")}
+        return msgspec.structs.replace(
+            term, **{k: absolute(path) for k, path in paths.items() if path is not None}
+        )
+
+    return msgspec.structs.replace(
+        config,
+        base=absolute(config.base),
+        vectors=[msgspec.structs.replace(v, model=absolute(v.model)) for v in config.vectors],
+        objective=[moved(t) for t in config.objective],
+        heldout=[moved(t) for t in config.heldout],
+    )

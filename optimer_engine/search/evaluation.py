@@ -1,68 +1,85 @@
-"""One trial: merge once, score stage by stage, and turn whatever happens into a status."""
+"""One trial, step by step: which examples are missing, what was scored, is more worth it?
+
+A trial is a generator: it yields the examples it wants scored, is sent what scoring them gave, and
+returns what is told of it. So the search decides in one place and in one thread, whoever scores:
+this process, or a worker far away (``crew.py``).
+"""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
-from optimer_engine.errors import NonFiniteError, OptimerError, RecipeError
-from optimer_engine.search.answers import Answers
-from optimer_engine.search.objective import Score, Scores, as_scores
-from optimer_engine.search.subject import Subject
+from optimer_engine.errors import RecipeError
+from optimer_engine.search.crew import Answer
+from optimer_engine.search.objective import Examples, Score, Scores
 from optimer_engine.search.trials import Asked, Status, Told
 
 Order = Callable[[int], np.ndarray]
 """The order in which a trial takes the n examples of a term."""
+Steps: TypeAlias = Generator[Examples | None, Answer, Told]
 
 
-def evaluate_trial(
+def trial_steps(
     trial: Asked,
-    subject: Subject,
-    answers: Answers,
+    have: Scores,
+    counts: dict[str, int],
     stages: Sequence[dict[str, int]],
     order: Order,
     expected: set[str],
     go_on: Callable[[Told], bool],
-) -> Told:
-    """Score one trial; nothing that ``answers`` knows is scored again.
+) -> Steps:
+    """The steps of one trial; nothing that is known is scored again.
 
     Args:
         trial: the weights.
-        subject: what scores them.
-        answers: what is known already.
+        have: what is known of them already.
+        counts: examples of each term that can be asked for one by one.
         stages: examples of each term, stage by stage; one empty stage scores everything at once.
         order: in which examples are taken.
         expected: terms that must be scored.
         go_on: after each stage but the last, whether the next one is worth its examples.
 
+    Yields:
+        The examples to score, None for everything; to be sent the `crew.Answer`.
+
     Raises:
-        OptimerError: of files or settings, which every further trial would meet too; anything else
-            that the objective raises becomes the trial's status.
+        RecipeError: the objective does not give the scores that were asked for.
     """
-    have = answers.of(trial.weights)
     known = sum(max(len(s.parts), 1) for s in have.values())
-    spent = _Spent()
+    merge_s = evaluate_s = 0.0
     status: Status = "ok"
     error = ""
-    told = _told(trial, "ok", have, "", spent, known)
+
+    def told(scores: Scores) -> Told:
+        return Told(
+            number=trial.number,
+            weights=trial.weights,
+            origin=trial.origin,
+            status=status,
+            scores=scores,
+            error=error,
+            ask_s=trial.ask_s,
+            merge_s=round(merge_s, 4),
+            evaluate_s=round(evaluate_s, 4),
+            expected=trial.expected,
+            known=known,
+        )
+
+    now = told(have)
     for number, sizes in enumerate(stages):
-        missing = _missing(have, sizes, subject.counts, order)
+        missing = _missing(have, sizes, counts, order)
         if missing or not have or not (sizes or expected <= have.keys()):
-            try:
-                fresh = _scored(trial, subject, missing, spent)
-                have = have | {
-                    n: _with(have.get(n), s, missing.get(n), subject.counts.get(n))
-                    for n, s in fresh.items()
-                }
-            except NonFiniteError as problem:
-                status, error = "nan", str(problem)
-            except OptimerError:
-                raise
-            except Exception as problem:  # the objective is foreign code
-                status, error = "crashed", f"{type(problem).__name__}: {problem}"
+            answer = yield missing or None
+            status, error = answer.status, answer.error
+            merge_s, evaluate_s = merge_s + answer.merge_s, evaluate_s + answer.evaluate_s
+            have = have | {
+                n: _with(have.get(n), s, missing.get(n), counts.get(n))
+                for n, s in answer.scores.items()
+            }
         if status == "ok":
             absent = sorted(expected - have.keys())
             if absent:
@@ -76,31 +93,10 @@ def evaluate_trial(
                 bad = min(have.keys() - finite.keys())
                 status, error = "nan", f"score {bad!r} is {have[bad].value}"
             have = finite
-        told = _told(trial, status, {} if status == "crashed" else have, error, spent, known)
-        if status != "ok" or number == len(stages) - 1 or not go_on(told):
+        now = told({} if status == "crashed" else have)
+        if status != "ok" or number == len(stages) - 1 or not go_on(now):
             break
-    return told
-
-
-class _Spent:
-    """Seconds of one trial; the merge is made once, and only when something must be scored."""
-
-    merge_s = 0.0
-    evaluate_s = 0.0
-    merged = False
-
-
-def _scored(trial: Asked, subject: Subject, missing: dict[str, list[int]], spent: _Spent) -> Scores:
-    started = time.perf_counter()
-    if not spent.merged:
-        subject.apply(trial.weights)
-        spent.merged = True
-        spent.merge_s = time.perf_counter() - started
-        started = time.perf_counter()
-    try:
-        return as_scores(subject.score(dict(trial.weights), missing or None))
-    finally:
-        spent.evaluate_s += time.perf_counter() - started
+    return now
 
 
 def _missing(
@@ -140,22 +136,4 @@ def _with(known: Score | None, fresh: Score, examples: list[int] | None, n: int 
         [sizes[e] for e in at],
         higher_is_better=fresh.higher_is_better,
         examples=[] if len(at) == n else at,
-    )
-
-
-def _told(
-    trial: Asked, status: Status, scores: Scores, error: str, spent: _Spent, known: int
-) -> Told:
-    return Told(
-        number=trial.number,
-        weights=trial.weights,
-        origin=trial.origin,
-        status=status,
-        scores=scores,
-        error=error,
-        ask_s=trial.ask_s,
-        merge_s=round(spent.merge_s, 4),
-        evaluate_s=round(spent.evaluate_s, 4),
-        expected=trial.expected,
-        known=known,
     )

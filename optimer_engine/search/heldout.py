@@ -8,7 +8,7 @@ same for both models (Efron and Tibshirani, "An Introduction to the Bootstrap", 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -16,8 +16,8 @@ import numpy as np
 
 from optimer_engine.durable import replace_file
 from optimer_engine.errors import RecipeError
-from optimer_engine.search.objective import Score, Scores, as_scores
-from optimer_engine.search.subject import Subject
+from optimer_engine.search.config import SearchConfig, Term
+from optimer_engine.search.objective import Score, Scores
 
 RESAMPLES = 2000
 FILE = "heldout.json"
@@ -55,15 +55,39 @@ def refuse_overlap(searched: Mapping[str, object], heldout: Mapping[str, object]
                 )
 
 
+def refuse_same_source(config: SearchConfig) -> None:
+    """Refuse held-out terms that read a file or task of the objective, if only other examples.
+
+    Raises:
+        RecipeError: naming both terms.
+    """
+
+    def source(term: Term) -> tuple[str, str] | None:
+        if term.corpus is not None:
+            return "file", str(Path(term.corpus).resolve())
+        return None if term.task is None else (f"task {term.task}", str(term.tasks_dir))
+
+    searched = {source(term): term.name for term in config.objective}
+    for term in config.heldout:
+        found = source(term)
+        if found is not None and found in searched:
+            raise RecipeError(
+                f"reads the same {found[0]} as {searched[found]!r} of the objective",
+                where=f"heldout {term.name!r}",
+                todo="give it data of its own, or leave heldout out and set heldout_share: 0.3",
+            )
+
+
 def heldout_rows(
-    subject: Subject,
+    score: Callable[[dict[str, float]], Scores],
     weights: Mapping[str, float],
     chosen: Mapping[str, tuple[dict[str, float], float]],
     out: Path,
 ) -> list[HeldoutRow]:
     """A row for each of ``chosen``: name to weights and cost on the search's data; base first.
 
-    Scores are kept in ``out/heldout.json``: a finished run that is run again evaluates nothing.
+    ``score`` gives the held-out scores of a merge, ``weights`` are those of the terms. Scores are
+    kept in ``out/heldout.json``: a finished run that is run again evaluates nothing.
     """
     path = out / FILE
     stored: dict[str, Scores] = {}
@@ -73,8 +97,7 @@ def heldout_rows(
     for name, (point, _) in chosen.items():
         key = msgspec.json.encode(sorted(point.items())).decode()
         if key not in stored:
-            subject.apply(point)
-            stored[key] = as_scores(subject.score_heldout())
+            stored[key] = score(point)
             replace_file(path, msgspec.json.format(msgspec.json.encode(stored), indent=1))
         found[name] = stored[key]
     base = found["base"]

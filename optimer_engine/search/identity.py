@@ -56,21 +56,23 @@ def rescored(run: Path, this: dict[str, Any]) -> list[Told]:
     here = f"{run} cannot be reused"
     for part in ("space", "base", "vectors", "model"):
         refuse_other({part: this[part]}, {part: other.identity.get(part)}, here)
+    called: dict[str, str] = {}
     for name, term in this["terms"].items():
-        there = other.identity.get("terms", {}).get(name)
+        measured = other.identity.get("terms", {})
+        alike = [n for n, t in measured.items() if t and t == term]  # under another name
+        called[name] = name if name in measured else next(iter(alike), name)
+        there = measured.get(called[name])
         if there is None:
             raise MismatchError(
-                f"its trials have no score named {name!r}; they have "
-                + ", ".join(other.identity.get("terms", {})),
+                f"its trials have no score named {name!r}; they have " + ", ".join(measured),
                 where=here,
-                todo="name the term as it was named there, or search without --reuse",
+                todo="measure it on the same data as there, or search without --reuse",
             )
         refuse_other({f"term {name}": term}, {f"term {name}": there}, here)
-    names = this["terms"].keys()
     kept: list[Told] = []
     for trial in told:
-        scores = {name: trial.scores[name] for name in names if name in trial.scores}
-        complete = trial.status != "crashed" and len(scores) == len(names)
+        scores = {n: trial.scores[old] for n, old in called.items() if old in trial.scores}
+        complete = trial.status != "crashed" and len(scores) == len(called)
         kept.append(
             Told(
                 number=len(kept),

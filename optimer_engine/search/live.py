@@ -28,7 +28,8 @@ class LivePool:
 
     Checkpoints are opened (headers only) and the objective's data is read at once, so that
     mistakes are found before anything is written; the model is loaded for the first trial.
-    Objectives that take a folder (programs, vLLM) get the trial as a checkpoint in a temporary one.
+    Objectives that take a folder (programs) get the trial as a checkpoint in a temporary one; those
+    that take a recipe (vLLM) merge it themselves.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class LivePool:
         own = None if objective is None else Measures([objective])
         self._objective = own or make_objective(config, config.objective, base)
         self._heldout = make_objective(config, config.heldout, base) if config.heldout else None
+        if config.heldout_share:
+            self._objective, self._heldout = self._objective.split(config.heldout_share)
         if config.gradient_steps:
             self._objective.only(CorpusObjective)  # refused now rather than in a trial
         self._given: dict[str, Any] = {}
@@ -92,6 +95,7 @@ class LivePool:
 
         if "model" in self._given:
             self._plan.with_weights(weights).run(LiveModelSink(self._given["model"]))
+        self._given["recipe"] = self.recipe(weights).to_dict()
         if "folder" in self._given:
             shutil.rmtree(self._given["folder"], ignore_errors=True)
             merge(self.recipe(weights), self._given["folder"], discard=True)

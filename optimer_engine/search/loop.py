@@ -4,11 +4,15 @@
         ▲                                                                        │
         └──────────────── landscape: the surrogate over all trials ◄─────────────┘
 
-One model stays loaded. Every trial rewrites its parameters through the merge engine (plan once,
-new weights each time), so no checkpoint is written until the winner is known. What is done next
-depends on the seed and the journal and on nothing else: a search that was killed goes on as if it
-had not been, and the same seed gives the same search (on one machine with one set of library
-versions: the last bits of linear algebra differ elsewhere).
+One model stays loaded in every scorer of the crew, one in this process unless more are asked for.
+Every trial rewrites its parameters through the merge engine (plan once, new weights each time), so
+no checkpoint is written until the winner is known. As soon as a scorer is free, the next trial is
+asked for, with those under way taken into account.
+
+What is done next depends on the seed and the journal and on nothing else: a search that was killed
+goes on as if it had not been, and the same seed gives the same search (on one machine with one set
+of library versions: the last bits of linear algebra differ elsewhere). With several scorers the
+journal, and so the search, also depends on which of them was faster.
 
 The search ends when it is settled or its trials are made; then the point to recommend is scored on
 all examples, and if that takes its place from it, the next one.
@@ -26,13 +30,13 @@ from optimer_engine.errors import OptimerError
 from optimer_engine.search import paper
 from optimer_engine.search.answers import Answers
 from optimer_engine.search.config import SearchConfig
-from optimer_engine.search.cost import Goal, Point, front, is_whole, reference_of
-from optimer_engine.search.evaluation import evaluate_trial
+from optimer_engine.search.cost import Goal, front, is_whole, reference_of
+from optimer_engine.search.crew import Answer, Crew
+from optimer_engine.search.evaluation import Steps, trial_steps
 from optimer_engine.search.landscape import Landscape
 from optimer_engine.search.proposals import proposal, settled, shares, without_confirmations
 from optimer_engine.search.space import Space
 from optimer_engine.search.staging import drawn, stages
-from optimer_engine.search.subject import Subject
 from optimer_engine.search.trials import CONFIRM, REUSED, Asked, Journal, Told
 
 FAILURES_IN_A_ROW = 5
@@ -60,17 +64,19 @@ Callback: TypeAlias = Callable[[TrialDone], None]
 class Loop:
     """One run of the loop over an open journal."""
 
-    def __init__(self, config: SearchConfig, subject: Subject, journal: Journal) -> None:
-        self.config, self.subject, self.journal = config, subject, journal
+    def __init__(
+        self, config: SearchConfig, counts: dict[str, int], crew: Crew, journal: Journal
+    ) -> None:
+        self.config, self.crew, self.journal = config, crew, journal
         self.space, self.goal = Space.of(config.vectors), Goal.of(config)
         assert journal.run is not None
         self.answers = Answers(journal.run.identity)
         self.answers.learn(journal.told)
         self.answers.learn_beside(journal.path.parent, JOURNAL)
-        wanted = self.goal.weights or subject.counts
-        self._counts = {name: n for name, n in subject.counts.items() if name in wanted}
-        self._prepared = False
-        self._known: tuple[tuple[int, bool], Landscape] | None = None
+        wanted = self.goal.weights or counts
+        self._counts = {name: n for name, n in counts.items() if name in wanted}
+        self._running: dict[int, Steps] = {}
+        self._known: tuple[tuple[int, int | None], Landscape] | None = None
 
     def run(self, callbacks: list[Callback]) -> str:
         """Make the trials; returns why they ended."""
@@ -78,14 +84,21 @@ class Loop:
         reused = sum(t.origin.startswith(REUSED) for t in told)
         total = self.config.total_trials
         failures = 0
-        while not (reason := self._ended(total + reused)):
-            trial = self.journal.pending or self._next()
-            done = self._make(trial)
+        while True:
+            reason, begun = self._begin(total + reused)
+            if begun is not None:
+                done = self._advance(begun, None)
+            elif self._running:
+                done = self._advance(*self.crew.answer())
+            else:
+                break
+            if done is None:
+                continue
             made = len(without_confirmations(told)) - reused
             best = self._landscape().best
             point = None if best is None else self._landscape().points[best]
             cost = float("nan") if best is None else float(self._landscape().observed.costs[best])
-            for callback in callbacks:
+            for callback in [] if done.origin.startswith(CONFIRM) else callbacks:
                 callback(TrialDone(done, made, total, cost, point.weights if point else None))
             failures = 0 if done.status == "ok" else failures + 1
             if failures == FAILURES_IN_A_ROW:
@@ -100,17 +113,68 @@ class Loop:
                 where=str(self.journal.path),
                 todo="mend the objective and raise trials, or search into another folder",
             )
-        while (late := self.journal.pending or self._to_confirm()) is not None:
-            self._make(late)
         return reason
 
+    def _begin(self, total: int) -> tuple[str, int | None]:
+        """Begin one trial, where there is a seat for it and one is wanted.
+
+        First come those that an interrupted run left, then new ones and, once the search is over
+        and none of its own is under way, those that confirm what it recommends.
+
+        Returns:
+            Why the search is over, or nothing; and the number of the trial.
+        """
+        if len(self._running) >= self.crew.seats():
+            return "", None
+        left = sorted(self.journal.pending.keys() - self._running.keys())
+        if left:
+            trial: Asked | None = self.journal.pending[left[0]]
+            reason = ""
+        else:
+            reason = self._ended(total)
+            if not reason:
+                trial = self._next()
+            elif without_confirmations(list(self.journal.pending.values())):
+                trial = None
+            else:
+                trial = self._to_confirm()
+            if trial is None:
+                return reason, None
+            self.journal.ask(trial)
+        assert trial is not None
+        weights, number = trial.weights, trial.number
+        whole = self.config.method == "paper"
+        self._running[number] = trial_steps(
+            trial,
+            self.answers.of(weights),
+            self._counts,
+            self._stages(trial),
+            lambda n: np.arange(n) if whole else drawn(self.config.seed, number, n),
+            set(self.goal.weights),
+            lambda partial: self._with(partial).hopeful(weights),
+        )
+        return reason, number
+
+    def _advance(self, number: int, answer: Answer | None) -> Told | None:
+        """Let trial ``number`` take its next step; what is told of it, if that was the last."""
+        steps, weights = self._running[number], self.journal.pending[number].weights
+        try:
+            wanted = next(steps) if answer is None else steps.send(answer)
+        except StopIteration as over:
+            done: Told = over.value
+            self.crew.done(number)
+            del self._running[number]
+            self.journal.tell(done)
+            self.answers.learn([done])
+            return done
+        self.crew.score(number, weights, wanted)
+        return None
+
     def _ended(self, total: int) -> str:
-        """Why the trials are over; nothing while they are not."""
-        pending, told = self.journal.pending, self.journal.told
-        if pending is not None and not pending.origin.startswith(CONFIRM):
-            return ""
+        """Why no further trial is wanted; nothing while one is."""
+        told = self.journal.told
         tried = without_confirmations(told)
-        if len(tried) >= total:
+        if len(tried) + len(without_confirmations(list(self.journal.pending.values()))) >= total:
             return f"all {self.config.total_trials} trials were made"
         if not tried or self.config.method == "paper":
             return ""
@@ -119,36 +183,10 @@ class Loop:
         return settled(self.config, self.space, now, tried)
 
     def _next(self) -> Asked:
-        told = self.journal.told
-        start = None
-        if self.config.gradient_steps:
-            self._prepare()
-            start = self.subject.gradient_start
-        landscape = self._landscape(proposing=True) if told else None
-        trial = proposal(self.config, self.space, landscape, told, start)
-        self.journal.ask(trial)
-        return trial
-
-    def _prepare(self) -> None:
-        if not self._prepared:
-            self.subject.prepare()
-            self._prepared = True
-
-    def _make(self, trial: Asked) -> Told:
-        self._prepare()
-        whole = self.config.method == "paper"
-        done = evaluate_trial(
-            trial,
-            self.subject,
-            self.answers,
-            self._stages(trial),
-            lambda n: np.arange(n) if whole else drawn(self.config.seed, trial.number, n),
-            set(self.goal.weights),
-            lambda partial: self._with(partial).hopeful(trial.weights),
-        )
-        self.journal.tell(done)
-        self.answers.learn([done])
-        return done
+        told, running = self.journal.told, list(self.journal.pending.values())
+        start = self.crew.gradient_start if self.config.gradient_steps else None
+        landscape = self._landscape(self.journal.next_number) if told else None
+        return proposal(self.config, self.space, landscape, told, start, running)
 
     def _stages(self, trial: Asked) -> list[dict[str, int]]:
         """Examples by stage: all at once for what others are compared with, and to confirm."""
@@ -162,11 +200,11 @@ class Loop:
         whole = {n: counts[n] for n in counts if not reference.scores[n].parts}
         return [row | whole for row in stages(counts, self.config.first_share)]
 
-    def _landscape(self, *, proposing: bool = False) -> Landscape:
-        """Of all trials; of a ``pareto`` goal with the λ of the next proposal, or its mean."""
+    def _landscape(self, number: int | None = None) -> Landscape:
+        """Of all trials; of a ``pareto`` goal with the λ of trial ``number``, or its mean."""
         told = self.journal.told
-        drawn_shares = shares(self.goal, self.config.seed, len(told)) if proposing else None
-        key = (len(told), drawn_shares is not None)
+        drawn_shares = None if number is None else shares(self.goal, self.config.seed, number)
+        key = (len(told), None if drawn_shares is None else number)
         if self._known is None or self._known[0] != key:
             self._known = key, Landscape(self.space, told, self.goal, shares=drawn_shares)
         return self._known[1]
@@ -176,8 +214,8 @@ class Loop:
         told = self.journal.told
         return Landscape(
             self.space, [*told, partial], self.goal,
-            shares=shares(self.goal, self.config.seed, len(told)),
-            like=self._landscape(proposing=True),
+            shares=shares(self.goal, self.config.seed, partial.number),
+            like=self._landscape(partial.number),
         )  # fmt: skip
 
     def _to_confirm(self) -> Asked | None:
@@ -185,18 +223,17 @@ class Loop:
         counts, told = self._counts, self.journal.told
         if not counts:
             return None
+        confirming = {p.origin for p in self.journal.pending.values()}
         if self.config.method == "paper":
-            return self._confirming(paper.finalist(told, self.goal, counts))
-        now = self._landscape()
-        wanted = [] if now.best is None else [now.best]
-        if self.goal.aggregate == "pareto":
-            wanted += front(now.observed, [i for i, p in enumerate(now.points) if p.scores])
-        partial = [now.points[i] for i in wanted if not is_whole(now.points[i])]
-        return self._confirming(partial[0] if partial else None)
-
-    def _confirming(self, point: Point | None) -> Asked | None:
-        if point is None:
-            return None
-        trial = Asked(len(self.journal.told), point.weights, f"{CONFIRM} {point.number}")
-        self.journal.ask(trial)
-        return trial
+            wanted = paper.finalists(told, self.goal, counts)
+        else:
+            now = self._landscape()
+            chosen = [] if now.best is None else [now.best]
+            if self.goal.aggregate == "pareto":
+                chosen += front(now.observed, [i for i, p in enumerate(now.points) if p.scores])
+            wanted = [now.points[i] for i in chosen if not is_whole(now.points[i])]
+        for point in wanted:
+            origin = f"{CONFIRM} {point.number}"
+            if origin not in confirming:
+                return Asked(self.journal.next_number, point.weights, origin)
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from optimer_engine.errors import RecipeError
@@ -10,6 +11,7 @@ from optimer_engine.search.config import SearchConfig, Term
 from optimer_engine.search.corpus import CorpusObjective, default_block_length
 from optimer_engine.search.live import load_tokenizer
 from optimer_engine.search.objective import Examples, Scores, as_scores
+from optimer_engine.search.split import split
 
 T = TypeVar("T")
 
@@ -17,7 +19,8 @@ T = TypeVar("T")
 class Measures:
     """Several objectives as one: the union of their scores.
 
-    An objective takes the live model, or the folder of the merge where it has ``takes = "folder"``.
+    An objective takes the live model, or what its ``takes`` names: the ``folder`` of the merge, or
+    its ``recipe`` as plain data.
     """
 
     def __init__(self, parts: Sequence[Any]) -> None:
@@ -40,22 +43,33 @@ class Measures:
         }
 
     def takes(self, kind: str) -> bool:
-        """Whether any part takes a ``model``, or a ``folder``."""
+        """Whether any part takes a ``model``, a ``folder`` or a ``recipe``."""
         return any(_takes(part) == kind for part in self._parts)
 
     def only(self, kind: type[T]) -> T:
-        """The one part there is, of class ``kind``.
+        """The one part there is, of class ``kind`` or a part of one.
 
         Raises:
             RecipeError: there are others.
         """
-        if len(self._parts) != 1 or not isinstance(self._parts[0], kind):
+        whole = [getattr(part, "of", part) for part in self._parts]
+        if len(whole) != 1 or not isinstance(whole[0], kind):
             raise RecipeError(
                 "only an objective of nothing but corpora has gradients",
                 where="gradient_steps",
                 todo="leave it out; the search needs no gradients",
             )
-        return self._parts[0]
+        found: T = self._parts[0]
+        return found
+
+    def split(self, share: float) -> tuple[Measures, Measures]:
+        """What is searched, and the ``share`` of every term that is held out.
+
+        Raises:
+            RecipeError: a term has no examples to keep apart.
+        """
+        pairs = [split(p, share, spaced=not isinstance(p, CorpusObjective)) for p in self._parts]
+        return Measures([kept for kept, _ in pairs]), Measures([held for _, held in pairs])
 
     def __call__(self, given: dict[str, Any], examples: Examples | None) -> Scores:
         """The scores of all parts, or those of some examples of some terms."""
@@ -117,7 +131,9 @@ def make_objective(config: SearchConfig, terms: Sequence[Term], base_folder: str
         from optimer_engine.search.tasks import TaskObjective
         from optimer_engine.search.vllm import VllmTasks
 
-        made = VllmTasks if config.engine == "vllm" else TaskObjective
+        made: Any = TaskObjective
+        if config.engine == "vllm":
+            made = partial(VllmTasks, base_folder=base_folder)
         parts.append(
             made(
                 tasks, tokenizer,
@@ -127,5 +143,5 @@ def make_objective(config: SearchConfig, terms: Sequence[Term], base_folder: str
     if commands:
         from optimer_engine.search.command import CommandObjective
 
-        parts.append(CommandObjective(commands))
+        parts.append(CommandObjective(commands, config.trial_limit_s))
     return Measures(parts)

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from optimer_engine.durable import replace_file
-from optimer_engine.search.charts import Chart
+from optimer_engine.search import cosines
+from optimer_engine.search.charts import Chart, matrix
 from optimer_engine.search.cost import Goal, estimated, front, is_whole, reference_of
 from optimer_engine.search.landscape import Landscape
-from optimer_engine.search.report import RATIOS_NOTE, examples_scored
+from optimer_engine.search.proposals import without_confirmations
+from optimer_engine.search.report import RATIOS_NOTE, examples_scored, sensitivity
 from optimer_engine.search.space import Space
 from optimer_engine.search.trials import Told, read
 
@@ -41,7 +43,8 @@ th:first-child,td:first-child{text-align:left}tr.best td{font-weight:600;color:v
 svg{width:100%;height:auto}svg text{font-size:10px;fill:var(--faint)}
 .axis{fill:none;stroke:var(--faint)}.line{fill:none;stroke:var(--mark);stroke-width:1.5}
 .dot{fill:var(--mark);opacity:.6}.part{fill:none;stroke:var(--faint)}.best-dot{fill:var(--best)}
-.heat{fill:var(--mark)}p.note{color:var(--faint)}pre{overflow-x:auto}
+.heat{fill:var(--mark)}.against{fill:var(--best)}svg text.ink{fill:var(--ink)}
+p.note{color:var(--faint)}pre{overflow-x:auto}
 """
 
 
@@ -59,9 +62,12 @@ def write_page(run: str | Path, *, refresh_s: int | None = None) -> Path:
     head, told = read(run / "trials.jsonl")
     found = run / "search_report.json"
     ended = json.loads(found.read_text("utf-8")) if found.exists() else {}
+    if ended and ended["trials"] + ended["reused"] != len(without_confirmations(told)):
+        ended = {}  # it goes on
     recipe = run / "best.yaml"
-    page = _page(run.name, head.identity, told, ended, refresh_s)
-    if recipe.exists():
+    between = cosines.kept(run, head.identity)
+    page = _page(run.name, head.identity, told, ended, between, refresh_s)
+    if ended and recipe.exists():
         text = escape(recipe.read_text("utf-8"))
         page += f"<h2>Recipe of the best</h2><pre>{text}</pre>"
     out = run / "report.html"
@@ -71,7 +77,7 @@ def write_page(run: str | Path, *, refresh_s: int | None = None) -> Path:
 
 def _page(
     name: str, identity: dict[str, Any], told: list[Told], ended: dict[str, Any],
-    refresh_s: int | None,
+    between: cosines.Cosines | None, refresh_s: int | None,
 ) -> str:  # fmt: skip
     ranges = identity["space"]
     space = Space(tuple(ranges), *(np.array([r[i] for r in ranges.values()]) for i in (0, 1)))
@@ -90,6 +96,9 @@ def _page(
     if not any(t.status == "ok" for t in told):
         return top + f"<p>{len(told)} trials, none of them succeeded yet.</p>"
     land = Landscape(space, told, goal)
+    if ended:  # the paper's method has a rule of its own
+        numbers = [p.number for p in land.points]
+        land.best = numbers.index(ended["best_number"])
     assert land.best is not None
     state = escape(ended["ended"]) if ended else "still running, or interrupted"
     parts = [
@@ -104,6 +113,7 @@ def _page(
         f'<h2>Weights against cost</h2><div class="charts">{_weights(space, land)}</div>',
         _slices(space, land),
         _front(land) if len(land.observed.names) > 1 else "",
+        _cosines(between),
         f"<h2>Where the time went</h2>{_seconds(told)}",
         f"<h2>All merges tried</h2>{_trials(space, land, told)}",
     ]
@@ -144,7 +154,11 @@ def _baselines(space: Space, land: Landscape, goal: Goal) -> str:
     total = sum(positive.values()) or 1.0
     ratios = ", ".join(f"{n} {w / total:.1%}" for n, w in positive.items())
     limits = "".join(f" {escape(n)} may lose {m:.1%}." for n, m in goal.limits.items())
-    note = f"As ratios: {escape(ratios)} ({RATIOS_NOTE}).{limits}"
+    rises = ", ".join(f"{n} {rise:.4f}" for n, rise in sensitivity(land, land.best).items())
+    note = (
+        f"As ratios: {escape(ratios)} ({RATIOS_NOTE}).{limits} When one weight of the best moves by"
+        f" 0.1, the cost rises by, by the surrogate: {escape(rises)}."
+    )
     return _table(head, rows, len(rows) - 1) + f'<p class="note">{note}</p>'
 
 
@@ -152,15 +166,16 @@ def _heldout(ended: dict[str, Any]) -> str:
     rows = ended.get("heldout") or []
     if not rows:
         return ""
+    terms = list(rows[0]["scores"])
     cells = [
         [
-            r["name"], f"{r['cost']:+.4f}",
+            r["name"], *(f"{r['scores'][t]:.4f}" for t in terms), f"{r['cost']:+.4f}",
             "–" if r["low"] is None else f"{r['low']:+.4f} to {r['high']:+.4f}",
             f"{r['gap']:+.4f}",
         ]
         for r in rows
     ]  # fmt: skip
-    head = ["", "cost, held out", "95 % interval", "worse than searched by"]
+    head = ["", *terms, "cost, held out", "95 % interval", "worse than searched by"]
     return f"<h2>Held-out data</h2>{_table(head, cells, len(cells) - 1)}"
 
 
@@ -216,11 +231,13 @@ def _weights(space: Space, land: Landscape) -> str:
 def _slices(space: Space, land: Landscape) -> str:
     """The surrogate through the best point, over pairs of weights."""
     assert land.best is not None
-    pairs = list(combinations(range(len(space.names)), 2))[:MOST_SLICES]
+    rises = list(sensitivity(land, land.best).values())
+    pairs = sorted(combinations(range(len(rises)), 2), key=lambda p: -rises[p[0]] - rises[p[1]])
+    left_out = max(0, len(pairs) - MOST_SLICES)
     weights = np.array([list(p.weights.values()) for p in land.points])
     steps = (np.arange(GRID) + 0.5) / GRID
     charts = []
-    for a, b in pairs:
+    for a, b in pairs[:MOST_SLICES]:
         grid = np.repeat(land.unit[land.best][None], GRID * GRID, axis=0)
         grid[:, a], grid[:, b] = np.tile(steps, GRID), np.repeat(steps, GRID)
         mean, _ = land.model.predict(grid)
@@ -230,10 +247,22 @@ def _slices(space: Space, land: Landscape) -> str:
         _dots(chart, land, weights[:, a], weights[:, b])
         charts.append(chart.svg())
     note = "Strong colour is low cost; the other weights are those of the best point."
+    if left_out:
+        note += f" The {MOST_SLICES} pairs along which the cost changes most; {left_out} left out."
     return (
         f'<h2>The landscape through the best point</h2><p class="note">{note}</p>'
         f'<div class="charts">{"".join(charts)}</div>'
     ) if charts else ""  # fmt: skip
+
+
+def _cosines(found: cosines.Cosines | None) -> str:
+    if found is None:
+        return ""
+    note = "Near 0, two vectors can be weighed one by one; near 1, they share one weight."
+    return (
+        f'<h2>Cosines between the vectors</h2><p class="note">{note}</p>'
+        f"{matrix(found.names, found.values)}"
+    )
 
 
 def _front(land: Landscape) -> str:
@@ -269,10 +298,11 @@ def _seconds(told: list[Told]) -> str:
 
 def _trials(space: Space, land: Landscape, told: list[Told]) -> str:
     head = ["trial", "from", *(f"w {n}" for n in space.names), *land.observed.names, "cost"]
+    status = {t.number: t.status for t in told}
     rows = []
     for i, point in enumerate(land.points):
         row = _row(str(point.number), space, land, i)
         if not point.scores:
-            row[-1] = told[point.number].status
+            row[-1] = status[point.number]
         rows.append([row[0], point.origin, *row[1:]])
     return _table(head, rows, land.best)

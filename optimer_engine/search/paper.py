@@ -20,7 +20,7 @@ import numpy as np
 from optimer_engine.errors import MissingExtraError
 from optimer_engine.search.cost import Goal, Point, observe, points_of
 from optimer_engine.search.space import Space
-from optimer_engine.search.trials import CONFIRM, Told
+from optimer_engine.search.trials import CONFIRM, Asked, Told
 
 RANDOM_TRIALS = 20
 FIRST_EXAMPLES = 100
@@ -29,9 +29,9 @@ FINALISTS = 3
 
 
 def propose(
-    space: Space, told: Sequence[Told], goal: Goal, seed: int
+    space: Space, told: Sequence[Told], goal: Goal, seed: int, running: Sequence[Asked] = ()
 ) -> tuple[str, dict[str, float]]:
-    """Origin and weights of the next trial.
+    """Origin and weights of the next trial, beside those that are ``running``.
 
     Raises:
         MissingExtraError: Optuna is not installed.
@@ -48,7 +48,10 @@ def propose(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sampler = optuna.samplers.TPESampler(
-            n_startup_trials=RANDOM_TRIALS, multivariate=False, seed=seed % 2**32
+            n_startup_trials=RANDOM_TRIALS,
+            multivariate=False,
+            seed=seed % 2**32,
+            constant_liar=bool(running),
         )
         study = optuna.create_study(sampler=sampler)
         points = points_of(told)
@@ -57,6 +60,12 @@ def propose(
             at = dict(zip(names, map(float, space.to_unit(point.weights)), strict=True))
             study.add_trial(
                 optuna.trial.create_trial(params=at, distributions=box, value=float(cost))
+            )
+        for trial in running:
+            at = dict(zip(names, map(float, space.to_unit(trial.weights)), strict=True))
+            under_way = optuna.trial.TrialState.RUNNING
+            study.add_trial(
+                optuna.trial.create_trial(state=under_way, params=at, distributions=box)
             )
         params = study.ask(box).params
     origin = "random" if len(told) < RANDOM_TRIALS else "tpe"
@@ -69,16 +78,14 @@ def stages(counts: dict[str, int], *, final: bool) -> list[dict[str, int]]:
     return [{name: min(n, most) for name, n in counts.items()}]
 
 
-def finalist(told: Sequence[Told], goal: Goal, counts: dict[str, int]) -> Point | None:
-    """The next of the best 3 that lacks examples of the final."""
+def finalists(told: Sequence[Told], goal: Goal, counts: dict[str, int]) -> list[Point]:
+    """Those of the best 3 that lack examples of the final."""
     tried = points_of([t for t in told if not t.origin.startswith(CONFIRM)])
     costs = observe(tried, goal).costs
     scored = [i for i, p in enumerate(tried) if p.scores]
     final = {p.number: p for p in points_of(told)}
-    for i in sorted(scored, key=lambda i: (costs[i], i))[:FINALISTS]:
-        if not _is_final(final[tried[i].number], counts):
-            return tried[i]
-    return None
+    best = sorted(scored, key=lambda i: (costs[i], i))[:FINALISTS]
+    return [tried[i] for i in best if not _is_final(final[tried[i].number], counts)]
 
 
 def winner(points: Sequence[Point], goal: Goal) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,11 +27,12 @@ from optimer_engine.search.trials import CONFIRM, REUSED, Asked, Told
 NEGLIGIBLE = 0.005
 
 Start = Callable[[], dict[str, float]]
+Trial = TypeVar("Trial", Asked, Told)
 
 
 def proposal(
     config: SearchConfig, space: Space, landscape: Landscape | None, told: Sequence[Told],
-    start: Start | None = None,
+    start: Start | None = None, running: Sequence[Asked] = (),
 ) -> Asked:  # fmt: skip
     """The next trial: the first known or Sobol point not yet tried, else what the model advises.
 
@@ -41,32 +43,38 @@ def proposal(
         landscape: of ``told``; None before the first trial.
         told: the finished trials.
         start: computes the point that gradients lead to, where they are wanted.
+        running: trials under way elsewhere; the model believes that they cost what it expects.
     """
+    number = len(told) + len(running)
     started = time.perf_counter()
 
     def asked(origin: str, weights: dict[str, float], expected: float = 0.0) -> Asked:
         asked_s = round(time.perf_counter() - started, 4)
-        return Asked(len(told), weights, origin, asked_s, float(f"{expected:.6g}"))
+        return Asked(number, weights, origin, asked_s, float(f"{expected:.6g}"))
 
-    number_seed = int(np.random.SeedSequence([config.seed, len(told)]).generate_state(1)[0] >> 1)
+    number_seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0] >> 1)
     if config.method == "paper":
         from optimer_engine.search import paper
 
-        return asked(*paper.propose(space, told, Goal.of(config), number_seed))
-    tried = [t.weights for t in told]
+        return asked(*paper.propose(space, told, Goal.of(config), number_seed, running))
+    tried = [t.weights for t in told] + [t.weights for t in running]
+    origins = {t.origin for t in told} | {t.origin for t in running}
     for origin, point in first_points(config, space, told).items():
         if point not in tried:
             return asked(origin, point)
-    if start is not None and not any(t.origin == "gradient" for t in told):
+    if start is not None and "gradient" not in origins:
         point = start()
         if point not in tried:
             return asked("gradient", point)
-    assert landscape is not None
+    if landscape is None:  # more seats than known points
+        at = np.random.default_rng(number_seed).random(len(space.low))
+        return asked("random", space.to_weights(at))
     from optimer_engine.search.adviser import propose
 
     advised = propose(
         landscape.unit, landscape.observed.costs,
         seed=number_seed, model=landscape.model, limits=landscape.limits,
+        running=np.array([space.to_unit(t.weights) for t in without_confirmations(running)]),
     )  # fmt: skip
     return asked("smac", space.to_weights(advised), landscape.expected_gain(advised))
 
@@ -116,6 +124,6 @@ def settled(config: SearchConfig, space: Space, now: Landscape, told: Sequence[T
     )
 
 
-def without_confirmations(told: Sequence[Told]) -> list[Told]:
+def without_confirmations(told: Sequence[Trial]) -> list[Trial]:
     """The trials that tried new weights."""
     return [t for t in told if not t.origin.startswith(CONFIRM)]

@@ -135,7 +135,7 @@ def make_report(
             row(f"trial {points[i].number}", i)
             for i in (front(seen, scored) if goal.aggregate == "pareto" else [])
         ],
-        sensitivity=_sensitivity(landscape, best),
+        sensitivity=sensitivity(landscape, best),
         higher_is_better={n: s.higher_is_better for n, s in points[best].scores.items()},
         trials=len(without_confirmations(told)) - reused,
         reused=reused,
@@ -162,7 +162,11 @@ def examples_scored(told: Sequence[Told]) -> int:
     )
 
 
-def _sensitivity(landscape: Landscape, best: int) -> dict[str, float]:
+def sensitivity(landscape: Landscape, best: int) -> dict[str, float]:
+    """By vector, how much the surrogate's cost rises when the weight of a point moves by 0.1.
+
+    To the worse side; ``best`` is the index of the point.
+    """
     space, weights = landscape.space, landscape.points[best].weights
     rises = {}
     for i, name in enumerate(space.names):

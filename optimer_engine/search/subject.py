@@ -60,7 +60,7 @@ class FunctionSubject:
     """
 
     def __init__(self, config: SearchConfig, evaluate: Evaluate) -> None:
-        if config.heldout or config.gradient_steps:
+        if config.heldout or config.heldout_share or config.gradient_steps:
             raise RecipeError(
                 "need a model, and a function of the weights has none",
                 where="heldout and gradient_steps",

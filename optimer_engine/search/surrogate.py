@@ -18,6 +18,8 @@ Mathematics: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
@@ -104,6 +106,19 @@ class GaussianProcess:
         v = solve_triangular(self._chol, k.T, lower=True)
         variance = np.maximum(np.exp(self.theta[0]) - (v**2).sum(0), 1e-12)
         return mean * self._scale + self._mean, variance * self._scale**2
+
+    def believing(self, points: np.ndarray) -> GaussianProcess:
+        """This model, had its mean been observed at ``points`` [m, d]: surer there, else equal."""
+        mean, _ = self.predict(points)
+        after = copy.copy(self)
+        after._x = np.concatenate([self._x, points])
+        after._y = np.concatenate([self._y, (mean - self._mean) / self._scale])
+        after._known = np.concatenate([self._known, np.zeros(len(points))])
+        after._squares = (after._x[:, None, :] - after._x[None, :, :]) ** 2
+        k, _, _ = after._covariance(self.theta)
+        after._chol = cholesky(k, lower=True)
+        after._alpha = cho_solve((after._chol, True), after._y)
+        return after
 
     @property
     def noise_sd(self) -> float:

@@ -2,9 +2,11 @@
 
 One evaluation through lm-eval's front door builds an index of its fourteen thousand task names,
 loads data sets, writes an environment report and bootstraps errors: tens of seconds around a short
-measurement. Here tasks are loaded once and only its ``evaluate`` is called per trial, on one
-wrapper around the live model. Its response cache is never used: it keys on the request and would
-answer for the previous weights.
+measurement. Here tasks are loaded, requests built and texts tokenised once, and only its
+``evaluate`` is called per trial, on one wrapper around the live model. Building requests once also
+keeps few-shot examples: lm-eval draws them anew each time, and a trial would be compared with the
+base on other prompts. Its response cache is never used: it keys on the request and would answer for
+the previous weights.
 
 Task files are configuration, but a line ``!function module.name`` in one imports Python code beside
 it. Such files are refused unless the user allows them. Tasks shipped inside lm-eval (no
@@ -14,6 +16,8 @@ it. Such files are refused unless the user allows them. Tasks shipped inside lm-
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -78,6 +82,8 @@ class TaskObjective:
         self._samples = {
             str(t.task): list(range(len(self._docs(t.task))))[: t.limit] for t in self._terms
         }
+        for name, numbers in self._samples.items():
+            _keep_requests(self._loaded["tasks"][name], numbers)
 
     @property
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -123,9 +129,7 @@ class TaskObjective:
     def _wrapped(self, model: Any) -> Any:
         """lm-eval's wrapper around the live model; its weights are those of the moment."""
         if self._lm is None or self._lm.model is not model:
-            from lm_eval.models.huggingface import HFLM
-
-            self._lm = HFLM(
+            self._lm = _hflm()(
                 pretrained=model,
                 tokenizer=self._tokenizer,
                 batch_size=self._batch_size,
@@ -144,6 +148,54 @@ class TaskObjective:
             pair = [task.doc_to_text(docs[i]), task.doc_to_target(docs[i]), docs[i]]
             digest.update(json.dumps(pair, sort_keys=True, default=str).encode())
         return digest.hexdigest()
+
+
+def _keep_requests(task: Any, numbers: list[int]) -> None:
+    """Let ``task`` build the requests of its documents ``numbers`` once, all in their order."""
+    build = task.build_all_requests
+    kept: dict[int, list[Any]] = {}
+
+    def again(*, samples: list[int], limit: int | None = None, **settings: Any) -> None:
+        if not kept:
+            build(samples=numbers, limit=limit, **settings)
+            for request in task.instances:  # lm-eval counts documents among those asked for
+                kept.setdefault(numbers[request.doc_id], []).append(request)
+        task._instances = [
+            dataclasses.replace(
+                request,
+                metadata=(request.task_name, place, request.repeats),
+                resps=[],
+                filtered_resps={},
+            )
+            for place, number in enumerate(sorted(samples))
+            for request in kept[number]
+        ]
+
+    task.build_all_requests = again
+
+
+@functools.cache
+def _hflm() -> Any:
+    """lm-eval's wrapper, which tokenises each text once: weights change, texts do not."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Remembering(HFLM):
+        def tok_encode(
+            self,
+            string: str,
+            add_special_tokens: bool | None = None,
+            left_truncate_len: int | None = None,
+            **more: Any,
+        ) -> list[int]:
+            found = self.__dict__.setdefault("_encoded", {})
+            key = string, add_special_tokens, left_truncate_len
+            if key not in found:
+                found[key] = super().tok_encode(
+                    string, add_special_tokens, left_truncate_len, **more
+                )
+            return list(found[key])
+
+    return Remembering
 
 
 def refuse_code(folder: Path) -> None:

@@ -1,10 +1,11 @@
 """The journal of a search: one append-only file, the only truth about what was tried.
 
 ``trials.jsonl`` holds one JSON object per line: first ``run`` (what is searched, by fingerprint),
-then for each trial ``asked`` before its evaluation and ``told`` after it. Each line reaches the
-disk (fsync) before the search goes on. Everything else, the optimiser's state included, is
-computed from it, so a search may be killed at any moment: a line cut short is dropped, a trial
-asked and not told is run again under its number, and nothing is counted twice.
+then for each trial ``asked`` before its evaluation and ``told`` after it; where several workers
+score, trials are told in the order in which they end. Each line reaches the disk (fsync) before the
+search goes on. Everything else, the optimiser's state included, is computed from it, so a search
+may be killed at any moment: a line cut short is dropped, a trial asked and not told is run again
+under its number, and nothing is counted twice.
 
 The alternative, the optimiser's own state files, are rewritten in place: killed at the wrong
 moment they are empty, and a changed setting makes them unreadable.
@@ -76,8 +77,8 @@ class Journal:
 
     Attributes:
         run: the identity line, or None in a new journal.
-        told: finished trials in order of number.
-        pending: the trial that was asked and not told, if any.
+        told: finished trials in the order in which they ended.
+        pending: the trials that were asked and not told, by number.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,15 +111,20 @@ class Journal:
         replace_file(self.path, b"".join(msgspec.json.encode(x) + b"\n" for x in [run, *told]))
         self.run, self.told = run, told
 
+    @property
+    def next_number(self) -> int:
+        """The number of the next trial to ask."""
+        return len(self.told) + len(self.pending)
+
     def ask(self, trial: Asked) -> None:
         """Record that ``trial`` is about to be evaluated."""
         self._append(trial)
-        self.pending = trial
+        self.pending[trial.number] = trial
 
     def tell(self, trial: Told) -> None:
         """Record a finished trial."""
         self._append(trial)
-        self.pending = None
+        del self.pending[trial.number]
         self.told.append(trial)
 
     def close(self) -> None:
@@ -131,9 +137,9 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _load(self) -> tuple[Run | None, list[Told], Asked | None]:
+    def _load(self) -> tuple[Run | None, list[Told], dict[int, Asked]]:
         if not self.path.exists():
-            return None, [], None
+            return None, [], {}
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
@@ -143,7 +149,7 @@ class Journal:
 
 
 def read(path: Path) -> tuple[Run, list[Told]]:
-    """Identity and finished trials of the journal at ``path``, left as it is.
+    """Identity and finished trials, as they ended, of the journal at ``path``, left as it is.
 
     Raises:
         RecipeError: there is no journal, or it is damaged before its last line.
@@ -162,10 +168,10 @@ def read(path: Path) -> tuple[Run, list[Told]]:
     return run, told
 
 
-def _parse(path: Path, content: bytes) -> tuple[Run | None, list[Told], Asked | None]:
+def _parse(path: Path, content: bytes) -> tuple[Run | None, list[Told], dict[int, Asked]]:
     run: Run | None = None
     told: list[Told] = []
-    pending: Asked | None = None
+    pending: dict[int, Asked] = {}
     for number, text in enumerate(content.splitlines(), start=1):
         where = f"{path}, line {number}"
         try:
@@ -180,13 +186,15 @@ def _parse(path: Path, content: bytes) -> tuple[Run | None, list[Told], Asked | 
         if isinstance(line, Run):
             run = line
             continue
-        if line.number != len(told):
-            raise RecipeError(f"trial {line.number} where {len(told)} is next", where=where)
+        following = len(told) + len(pending)
+        under_way = isinstance(line, Told) and line.number in pending
+        if line.number != following and not under_way:
+            raise RecipeError(f"trial {line.number} where {following} is next", where=where)
         if isinstance(line, Asked):
-            pending = line
+            pending[line.number] = line
         else:
             told.append(line)
-            pending = None
+            pending.pop(line.number, None)
     return run, told, pending
 
 

@@ -11,7 +11,17 @@ import pytest
 import yaml
 
 from benchmarks import __main__ as cli
-from benchmarks import accuracy, checkpoints, kernel, measure, merge, mergekit, rival_torch, runner
+from benchmarks import (
+    accuracy,
+    checkpoints,
+    kernel,
+    measure,
+    merge,
+    mergekit,
+    overhead,
+    rival_torch,
+    runner,
+)
 from benchmarks.accuracy import Accuracy
 from benchmarks.cases import CASES
 from benchmarks.measure import Cost
@@ -126,6 +136,21 @@ def test_case_kernel_checks_bfloat16_and_float32(tmp_path: Path) -> None:
     checked = [row for row in record.rows if row.accuracy is not None]
     assert {row.kind for row in checked} == {"ours", "rival"}
     assert all(row.accuracy.passes for row in checked if row.kind == "ours")
+
+
+def test_case_overhead_times_one_trial_and_checks_the_live_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overhead, "TRIALS", 9)
+    record = runner.run(overhead.case(tmp_path, MIB, 4, False, (), "command"), rounds=1)
+    check_shape(record)
+    rows = {row.name: row for row in record.rows}
+    whole, proposal, merged = (rows[n].wall_s.p50 for n in rows)
+    assert whole > 0 and proposal > 0 and merged > 0
+    found = rows["of it, the merge in place"].accuracy
+    assert found is not None and found.passes
+    trials = (tmp_path / "trial" / "run" / "trials.jsonl").read_text().splitlines()
+    assert sum('"told"' in line for line in trials) == 11
 
 
 @pytest.mark.parametrize("name", ["memory", "methods", "startup"])

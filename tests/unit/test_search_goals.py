@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from optimer_engine.cli.report import command as report_command
 from optimer_engine.errors import MissingExtraError, RecipeError
 from optimer_engine.search import Score, SearchConfig, Term, Vector, run_search
 from optimer_engine.search.command import CommandObjective
 from optimer_engine.search.cost import Goal, Point, observe
-from optimer_engine.search.heldout import heldout_rows, refuse_overlap
+from optimer_engine.search.heldout import heldout_rows, refuse_overlap, refuse_same_source
 from optimer_engine.search.page import write_page
-from optimer_engine.search.vllm import VllmTasks, tensors_in
+from optimer_engine.search.split import split
+from optimer_engine.search.vllm import VllmTasks
+from tests.conftest import nearby, random_tensors
 
 
 def two(w: dict[str, float]) -> dict[str, Score]:
@@ -151,6 +157,26 @@ def test_a_program_that_fails_says_how(tmp_path: Path, text: str, message: str) 
         missing(tmp_path)
 
 
+def test_a_program_that_hangs_is_stopped(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    slow = CommandObjective([Term("judge", command=command, higher_is_better=True)], 0.3)
+    with pytest.raises(RuntimeError, match=r"'judge' was stopped after 0\.3 s"):
+        slow(tmp_path)
+
+
+def test_a_trial_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    def slow(w: dict[str, float]) -> dict[str, Score]:
+        if w["ja"] == 1.0:
+            time.sleep(60)
+        return two(w)
+
+    limited = config(trials=6, objective=[Term("ja"), Term("en")], trial_limit_s=0.5)
+    report = run_search(limited, tmp_path, evaluate=slow)
+    assert (report.trials, report.failed) == (6, 1)
+    assert "took longer than trial_limit_s, 0.5 s" in (tmp_path / "trials.jsonl").read_text()
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
 # held-out data ------------------------------------------------------------------------------------
 
 
@@ -160,20 +186,17 @@ class Held:
     def __init__(self) -> None:
         rng = np.random.default_rng(1)
         self.base, self.gain = rng.normal(3, 2, 400), rng.normal(0.1, 0.5, 400)
-        self.weight, self.calls = 0.0, 0
+        self.calls = 0
 
-    def apply(self, weights: dict[str, float]) -> None:
-        self.weight = weights["a"]
-
-    def score_heldout(self) -> dict[str, Score]:
+    def __call__(self, weights: dict[str, float]) -> dict[str, Score]:
         self.calls += 1
-        return {"t": Score.of(self.base - self.weight * self.gain)}
+        return {"t": Score.of(self.base - weights["a"] * self.gain)}
 
 
 def test_heldout_intervals_are_paired_and_kept(tmp_path: Path) -> None:
     subject = Held()
     chosen = {"base": ({"a": 0.0}, 0.0), "best": ({"a": 1.0}, -0.15)}
-    rows = heldout_rows(subject, {"t": 1.0}, chosen, tmp_path)  # type: ignore[arg-type]
+    rows = heldout_rows(subject, {"t": 1.0}, chosen, tmp_path)
     best = rows[1]
     se = subject.gain.std() / 400**0.5
     assert best.cost == pytest.approx(-subject.gain.mean(), abs=1e-6)
@@ -181,7 +204,7 @@ def test_heldout_intervals_are_paired_and_kept(tmp_path: Path) -> None:
     assert best.high == pytest.approx(best.cost + 1.96 * se, abs=0.1 * se)
     assert best.gap == pytest.approx(best.cost + 0.15)
     assert (rows[0].cost, rows[0].low, rows[0].high) == (0.0, 0.0, 0.0)
-    assert heldout_rows(subject, {"t": 1.0}, chosen, tmp_path) == rows  # type: ignore[arg-type]
+    assert heldout_rows(subject, {"t": 1.0}, chosen, tmp_path) == rows
     assert subject.calls == 2
 
 
@@ -189,6 +212,35 @@ def test_heldout_data_that_was_searched_on_is_refused() -> None:
     with pytest.raises(RecipeError, match="measures just what 'dev' of the objective measures"):
         refuse_overlap({"dev": {"data": "x"}}, {"test": {"data": "x"}})
     refuse_overlap({"dev": {"data": "x"}}, {"test": {"data": "y"}})
+    dev, test = Term("dev", corpus="./ja.txt", limit=9), Term("test", corpus="ja.txt")
+    with pytest.raises(RecipeError, match="reads the same file as 'dev' of the objective"):
+        refuse_same_source(config(objective=[dev], heldout=[test]))
+    refuse_same_source(config(objective=[dev], heldout=[Term("test", corpus="ja.test.txt")]))
+
+
+def test_a_share_is_held_out_by_construction() -> None:
+    """Every example is searched or held out, never both; of texts the last ones are held out."""
+
+    class Ten:
+        def __init__(self) -> None:
+            self.counts = {"t": 10}
+            self.identity = {"t": {"data": "x"}}
+
+        def __call__(self, merge: object, examples: dict[str, list[int]]) -> dict[str, Score]:
+            return {"t": Score.of(np.array(examples["t"], float))}
+
+    for spaced, expected in ((False, [7.0, 8.0, 9.0]), (True, [3.0, 6.0, 9.0])):
+        searched, held = split(Ten(), 0.3, spaced=spaced)
+        assert held(None)["t"].parts == expected
+        assert sorted(searched(None)["t"].parts + expected) == list(map(float, range(10)))
+        assert searched(None, {"t": [0, 6]})["t"].parts == [0.0, 8.0 if spaced else 6.0]
+        assert (searched.counts, held.counts) == ({"t": 7}, {"t": 3})
+        assert searched.identity != held.identity
+    program = CommandObjective([Term("judge", command=["x"], higher_is_better=True)])
+    with pytest.raises(RecipeError, match=r"term 'judge'.*cannot be asked for some"):
+        split(program, 0.3, spaced=True)
+    with pytest.raises(RecipeError, match="either heldout or heldout_share"):
+        config(heldout_share=0.2, heldout=[Term("t", corpus="x")])
 
 
 # the page -----------------------------------------------------------------------------------------
@@ -254,17 +306,37 @@ def test_the_page_can_be_written_while_the_search_runs(tmp_path: Path) -> None:
 # vLLM ---------------------------------------------------------------------------------------------
 
 
-def test_vllm_keeps_one_engine_and_reloads_each_merge(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def pool(write_checkpoint) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    """A recipe over folders that exist."""
+    base = random_tensors(0)
+    folders = {"base": write_checkpoint("base", base)}
+    for number, name in enumerate(("ja", "math"), start=1):
+        folders[name] = write_checkpoint(name, nearby(base, number))
+    sources = [{"name": n, "model": str(folders[n]), "weight": 0.4} for n in ("ja", "math")]
+    return {"base": str(folders["base"]), "sources": sources}
+
+
+def test_vllm_keeps_one_engine_that_becomes_each_merge(
+    tmp_path: Path, pool: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[object] = []
+    """Its workers get every tensor of the merge, as it would be on disk; nothing is written."""
+    from optimer_engine import merge
+
+    started: list[dict[str, object]] = []
+    resets: list[int] = []
+    loaded: dict[str, object] = {}
 
     class Engine:
         def __init__(self, **settings: object) -> None:
-            calls.append(settings)
+            started.append(settings)
+            module, _, name = str(settings["worker_extension_cls"]).rpartition(".")
+            worker = type("Worker", (getattr(sys.modules[module], name),), {})()
+            inner = SimpleNamespace(load_weights=loaded.update)
+            worker.model_runner = SimpleNamespace(model=inner)
             self.model = SimpleNamespace(
-                collective_rpc=lambda name, args: calls.append((name, args)),
-                reset_prefix_cache=lambda: calls.append("reset"),
+                collective_rpc=lambda name, args: [getattr(worker, name)(*args)],
+                reset_prefix_cache=lambda: resets.append(1),
             )
 
     module = ModuleType("lm_eval.models.vllm_causallms")
@@ -272,30 +344,20 @@ def test_vllm_keeps_one_engine_and_reloads_each_merge(
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
     tasks = VllmTasks.__new__(VllmTasks)
-    tasks._lm = None
-    first = tasks._wrapped(tmp_path / "model")
-    assert tasks._wrapped(tmp_path / "model") is first
-    started, reloaded, reset = calls
-    assert started["trust_remote_code"] is False  # type: ignore[index]
-    assert started["worker_extension_cls"] == "optimer_engine.search.vllm.ReloadsWeights"  # type: ignore[index]
-    assert reloaded == ("reload_from", (str(tmp_path / "model"),))
-    assert reset == "reset"
+    tasks._lm, tasks._base_folder = None, str(pool["base"])
+    first = tasks._wrapped(pool)
+    assert tasks._wrapped(pool) is first and len(started) == 1 and len(resets) == 2
+    assert started[0]["trust_remote_code"] is False
+    assert started[0]["pretrained"] == pool["base"]
+    merge(pool, tmp_path / "out")
+    expected = load_file(tmp_path / "out" / "model.safetensors")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[n], expected[n]) for n in expected)  # type: ignore[arg-type]
 
 
-def test_without_vllm_it_says_so(tmp_path: Path) -> None:
+def test_without_vllm_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
     tasks = VllmTasks.__new__(VllmTasks)
     tasks._lm = None
     with pytest.raises(MissingExtraError, match="engine: vllm needs vLLM"):
-        tasks._wrapped(tmp_path)
-
-
-def test_workers_are_given_every_tensor_of_the_merge(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    made = {f"w{i}": torch.full((2, 3), float(i)) for i in range(4)}
-    save_file({n: made[n] for n in ("w0", "w3")}, tmp_path / "model-1.safetensors")
-    save_file({n: made[n] for n in ("w1", "w2")}, tmp_path / "model-2.safetensors")
-    found = dict(tensors_in(tmp_path))
-    assert found.keys() == made.keys()
-    assert all(torch.equal(found[n], made[n]) for n in made)
+        tasks._wrapped({})

@@ -27,6 +27,7 @@ from optimer_engine.search import (
     Vector,
     bits_per_byte,
     run_search,
+    searched_in,
 )
 from optimer_engine.search.tasks import TaskObjective
 
@@ -279,6 +280,39 @@ def test_lm_eval_scores_local_tasks_and_follows_the_live_weights(
     assert logging.getLogger("lm_eval").level == logging.NOTSET
 
 
+def test_prompts_and_tokens_are_made_once_and_shots_stay(
+    tokenizer: Fast, tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An example has one prompt, whatever was asked before, and lm-eval's own for all of them."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    text = (tasks_dir / "colours.yaml").read_text()
+    shots = text.replace("num_fewshot: 0", "num_fewshot: 2\nfewshot_split: test")
+    (tasks_dir / "colours.yaml").write_text(shots)
+    term = Term("acc", task="colours", metric="acc", tasks_dir=str(tasks_dir))
+    objective, model = TaskObjective([term], tokenizer), tiny_llama(1)
+    whole = objective(model)["acc"].parts
+    few = [objective(model, {"acc": [2, 5, 7]})["acc"].parts for _ in range(2)]
+    assert few == [[whole[i] for i in (2, 5, 7)]] * 2
+    prompts: list[str] = []
+    encode = HFLM.tok_encode
+    monkeypatch.setattr(
+        HFLM, "tok_encode", lambda self, s, *a, **k: prompts.append(s) or encode(self, s, *a, **k)
+    )
+    assert objective(model)["acc"].parts == whole and prompts == []
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=tiny_llama(1), tokenizer=tokenizer, batch_size=1),
+        tasks=["colours"],
+        task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert [row["acc"] for row in theirs["samples"]["colours"]] == whole
+    asked = [i.arguments[0] for i in objective._loaded["tasks"]["colours"].instances]
+    assert [row["arguments"][0][0] for row in theirs["samples"]["colours"]] == asked[::3]
+
+
 def test_task_files_with_code_are_refused_unless_allowed(tokenizer: Fast, tasks_dir: Path) -> None:
     proof = tasks_dir / "ran"
     (tasks_dir / "code.py").write_text(
@@ -365,6 +399,63 @@ def test_a_second_objective_reuses_the_trials(pool: Path, tmp_path: Path) -> Non
     shorter = searched(pool, block_length=9, trials=2)
     with pytest.raises(OptimerError, match="block_length: here 9, there 16"):
         run_search(shorter, tmp_path / "other", reuse=tmp_path / "both")
+
+
+def test_another_objective_for_a_finished_run(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool and settings are those of the run; its terms may have another name in the file."""
+    monkeypatch.chdir(tmp_path)
+    searched_first = searched(pool, seed=7, patience=0)
+    run_search(searched_first, Path("runs/a"))
+    assert searched_in("runs/a") == searched_first
+    Path("other.yaml").write_text(
+        f"objective:\n  - {{name: japanese, corpus: {pool}/ja.txt}}\ntrials: 1\n"
+    )
+    flags = ["--objective", "other.yaml", "--reuse", "runs/a", "--json"]
+    done = CliRunner().invoke(command, flags, catch_exceptions=False)
+    report = json.loads(done.stdout)
+    assert (report["reused"], report["trials"]) == (9, 1)
+    lines = [json.loads(x) for x in Path("runs/other/trials.jsonl").read_text().splitlines()]
+    told = [x for x in lines if x["event"] == "told"]
+    before = [json.loads(x) for x in Path("runs/a/trials.jsonl").read_text().splitlines()]
+    first = [x for x in before if x["event"] == "told"]
+    for one, other in zip(told[:9], first, strict=False):
+        assert one["scores"] == {"japanese": other["scores"]["ja"]}
+        assert "evaluate_s" not in one
+    assert told[9]["origin"] == "smac"
+    assert report["best_weights"]["ja"] > 0.5
+    for wrong, message in (
+        (["--objective", "other.yaml"], "needs the run to --reuse"),
+        (["--objective", "none.yaml", "--reuse", "runs/a"], "no such file"),
+        (["--objective", "other.yaml", "--reuse", "runs/b"], "no such file"),
+        (["--objective", "other.yaml", "--reuse", "runs/a", "--base", "b"], "not both"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            CliRunner().invoke(command, wrong, catch_exceptions=False)
+    Path("empty.yaml").write_text("trials: 3\n")
+    with pytest.raises(RecipeError, match="has no objective"):
+        CliRunner().invoke(
+            command, ["--objective", "empty.yaml", "--reuse", "runs/a"], catch_exceptions=False
+        )
+
+
+def test_a_share_of_every_term_is_kept_for_the_end(pool: Path, tmp_path: Path) -> None:
+    report = run_search(searched(pool, trials=5, heldout_share=0.4), tmp_path / "a")
+    assert [row.name for row in report.heldout][::3] == ["base", "best"]
+    low, high = report.heldout[-1].low, report.heldout[-1].high
+    assert low is not None and high is not None and low <= report.heldout[-1].cost <= high
+    run_search(searched(pool, trials=5), tmp_path / "b")
+
+    def blocks(folder: str) -> dict[str, int]:
+        lines = (tmp_path / folder / "trials.jsonl").read_text().splitlines()
+        base = next(x for x in map(json.loads, lines) if x["event"] == "told")
+        return {name: len(score["parts"]) for name, score in base["scores"].items()}
+
+    kept = json.loads((tmp_path / "a" / "heldout.json").read_text())
+    held = {name: len(score["parts"]) for name, score in next(iter(kept.values())).items()}
+    assert {name: n + held[name] for name, n in blocks("a").items()} == blocks("b")
+    assert all(n == round(0.4 * blocks("b")[name]) for name, n in held.items())
 
 
 def test_the_command_line_reads_flags_and_files_alike(pool: Path, tmp_path: Path) -> None:
@@ -506,7 +597,7 @@ def test_programs_and_heldout_text_on_real_merges(pool: Path, tmp_path: Path) ->
     low, high = report.heldout[-1].low, report.heldout[-1].high
     assert low is not None and high is not None and low <= report.heldout[-1].cost <= high
     same = searched(pool, heldout=[Term("test", corpus=str(pool / "ja.txt"))])
-    with pytest.raises(RecipeError, match="measures just what 'ja' of the objective"):
+    with pytest.raises(RecipeError, match="reads the same file as 'ja' of the objective"):
         run_search(same, tmp_path / "leak")
 
 
