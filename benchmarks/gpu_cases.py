@@ -33,9 +33,11 @@ from optimer_engine.kernels import gpu, gpu_sparse, reference, reference_packed,
 from optimer_engine.kernels import reference_methods as methods
 from optimer_engine.kernels.reference import BF16, F32
 from optimer_engine.kernels.triton_elements import ITEM_BYTES
+from optimer_engine.kernels.triton_launch import flag_on
 from optimer_engine.kernels.triton_lowrank import Factors, low_rank
 from optimer_engine.kernels.triton_moments import moments
 from optimer_engine.kernels.triton_packed import unpack_exact
+from optimer_engine.kernels.triton_rank import keep_by_rank
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 """Numbers of sources; the kernel for one of them serves all down to the next smaller."""
@@ -168,7 +170,6 @@ def _count(stage: int, dtypes: str, device: str, elems: int) -> Prepared:
     inputs, _ = _inputs(dtypes, 1, device, elems)
     masks, width = _masks("ties", 1), (methods.HIGH, methods.LOW, 0)[stage]
     wanted = np.array([[0, (0, _KEY >> 16, _KEY)[stage]]])
-    granules = -(-elems // methods.GRANULE)
 
     def wrong() -> int:
         cpu, n = _on_cpu(inputs), min(elems, CHECKED_ELEMS)
@@ -178,16 +179,54 @@ def _count(stage: int, dtypes: str, device: str, elems: int) -> Prepared:
         )  # fmt: skip
         results = []
         for kernel, given in ((sparse.count, cpu), (gpu_sparse.count, part)):
+            granules = -(-n // methods.GRANULE)
             bins, equal = np.zeros((1, width), np.int64), np.zeros((1, granules), np.int64)
             kernel(given, masks, stage, wanted, bins, equal)  # type: ignore[operator]
             results.append(np.concatenate([bins, equal], 1))
         return differing(*results)
 
     return Prepared(
-        lambda: gpu_sparse._count(inputs, masks, 0, stage, int(wanted[0, 1]), granules),
+        lambda: gpu_sparse._count(inputs, masks, 0, stage, int(wanted[0, 1])),
         moved(elems, *DTYPES[dtypes][:2], BF16, 1) - 2 * elems,
         wrong,
     )
+
+
+ROW = 1280
+"""Elements of a row that DELLA ranks."""
+
+
+def _by_rank(dtypes: str, device: str, elems: int) -> Prepared:
+    """Mask by rank, without the sort, which is torch's."""
+    elems = -(-elems // ROW) * ROW
+    inputs, _ = _inputs(dtypes, 1, device, elems)
+    ranks = torch.arange(elems, dtype=torch.int32, device=device) % ROW
+    flag, stream = flag_on(device), [1, 2, 3, 4]
+    kept: list[torch.Tensor] = []
+
+    def launch() -> None:
+        base, source, codes, model = gpu_sparse._bits_of(inputs, 0)
+        kept[:] = [
+            keep_by_rank(
+                base, source, codes, model, inputs.wide, ranks, ROW, 0.3, 0.4, True, stream, 0, flag
+            )
+        ]
+
+    def wrong() -> int:
+        cpu = _on_cpu(inputs)
+        n = cpu.base.size
+        theta, base = (
+            reference.upcast(operand, code, cpu.dtype)
+            for operand, code in ((cpu.sources[0], cpu.codes[0]), (cpu.base, cpu.base_code))
+        )
+        delta = theta if cpu.is_delta[0] else theta - base
+        probability = 0.3 + 0.4 / (ROW - 1) * (np.arange(n) % ROW)
+        words = methods.uniform_words(np.array(stream), 0, n)
+        want = np.where(words < probability * 2**32, (delta / probability).astype(cpu.dtype), 0)
+        return differing(kept[0][:n].cpu().numpy(), want.astype(cpu.dtype))
+
+    width = 8 if inputs.wide else 4
+    return Prepared(launch, moved(elems, *DTYPES[dtypes][:2], BF16, 1) + (2 + width) * elems, wrong)
 
 
 def _norms(form: str, dtypes: str, count: int, device: str, elems: int) -> Prepared:
@@ -304,6 +343,7 @@ def cases() -> Iterator[Case]:
                 own = partial(_sparse, form, dtypes, count)
                 yield Case(form, dtypes, count, own, _tail(dtypes, count, reads))
     for dtypes in ("bf16", "fp32"):
+        yield Case("della", dtypes, 1, partial(_by_rank, dtypes))
         for stage in range(3):
             yield Case(f"count {stage}", dtypes, 1, partial(_count, stage, dtypes))
         yield Case("norms", dtypes, 1, partial(_norms, "dare", dtypes, 1))

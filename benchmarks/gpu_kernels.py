@@ -41,6 +41,49 @@ class Speed(msgspec.Struct):
     of_ceiling: float
 
 
+class Target(msgspec.Struct):
+    """What is promised of one kernel, and whether it was reached.
+
+    Attributes:
+        least: share of the ceiling; reached: the smallest that was measured.
+    """
+
+    what: str
+    least: float
+    reached: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it is."""
+        return self.reached >= self.least
+
+    def text(self) -> str:
+        """One line."""
+        verdict = "met" if self.met else "MISSED"
+        return (
+            f"{self.what}: {self.reached:.0%} of the ceiling, {self.least:.0%} promised: {verdict}"
+        )
+
+
+LARGE_BYTES = 64 << 20
+"""Of a base, from which on the promise for one tensor holds."""
+
+
+def targets(found: list[Speed], bus: float) -> list[Target]:
+    """What was promised of what was measured; `bus`: the pipeline's share of it."""
+    promised = []
+    for kernel, least, small in (("linear", 0.9, LARGE_BYTES), ("batch", 0.85, 0)):
+        reached = [
+            speed.of_ceiling
+            for speed in found
+            if (speed.kernel, speed.dtypes, speed.sources) == (kernel, "bf16", 4)
+            and speed.moved_bytes >= 6 * small
+        ]
+        if reached:
+            promised.append(Target(f"{kernel}, bf16, 4 sources", least, min(reached)))
+    return [*promised, Target("pipeline host to GPU to host", 0.85, bus)]
+
+
 class GateError(Exception):
     """A kernel's output is wrong: there is no speed to speak of."""
 
@@ -173,13 +216,15 @@ def run(
             found += speeds(case, "cuda", elems, ceiling, by_events, rounds, rivals)
             torch.cuda.empty_cache()
     bus = pipeline(rounds)
-    text = table(found, ceiling) + "\n\n" + bus.text()
+    verdicts = targets(found, bus.copies_s / bus.pipeline_s)
+    lines = [table(found, ceiling), "", bus.text(), "", *(target.text() for target in verdicts)]
     record = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "checked": checked,
         "copy_gb_per_s": ceiling, "pipeline": msgspec.to_builtins(bus),
         "speeds": msgspec.to_builtins(found),
+        "targets": [msgspec.to_builtins(target) | {"met": target.met} for target in verdicts],
     }  # fmt: skip
-    return text, record
+    return "\n".join(lines), record
 
 
 def without_gpu() -> tuple[str, dict[str, Any]]:

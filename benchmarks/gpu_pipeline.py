@@ -72,13 +72,14 @@ def pipeline(rounds: int, devices: Devices | None = None, tile_bytes: int = TILE
     total = elems * TILES
     run = Run((), (), total, treatment, Nothing(), sources, out, False, DType.BF16)
 
-    lanes = [devices.lanes(SOURCES + 1, tile_bytes)[0] for _ in range(devices.workers)]
+    lanes = [first for first, *_ in devices.lanes(devices.workers, SOURCES + 2, tile_bytes)]
 
     def work(number: int) -> None:
         lane = lanes[number]
         for tile in range(number, TILES, len(lanes)):
-            begun = lane.merge(run, tile * elems, (tile + 1) * elems, [0.1] * SOURCES, True)
-            lane.fetch(begun.out)
+            part = run, tile * elems, (tile + 1) * elems
+            lane.fetch(lane.merge(*part, None, None), lane.host[-1])
+            lane.wait(*part)
 
     def through() -> None:
         with ThreadPoolExecutor(len(lanes)) as pool:
@@ -89,12 +90,12 @@ def pipeline(rounds: int, devices: Devices | None = None, tile_bytes: int = TILE
     def up() -> None:
         for _ in range(TILES * (SOURCES + 1)):
             backend.upload(lane.stream, lane.host[0], lane.buffers[0])
-        lane.wait()
+        backend.wait(lane.stream)
 
     def down() -> None:
         for _ in range(TILES):
             backend.download(lane.stream, lane.buffers[0], lane.host[0])
-        lane.wait()
+        backend.wait(lane.stream)
 
     return Bus(
         tile_bytes * TILES * (SOURCES + 1), tile_bytes * TILES,

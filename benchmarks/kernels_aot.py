@@ -10,12 +10,13 @@ Printed per kernel, dtypes, number of sources and target:
 
 * registers a thread needs; spills, the instructions that move registers to or from memory;
 * widths in bits of the accesses to tensors. Where the ragged end of a tensor is done one element
-  per thread (all merges but low rank), that path's access per operand is left out; `count`, `norms`
-  and `moments` do it as a masked block, whose narrow accesses are listed. INT4's loads are not
-  seen on NVIDIA, as each byte is wanted by two threads and stays in the cache;
+  per thread (all merges but low rank), that path's access per operand is left out; `count`,
+  `norms`, `moments` and `della` do it as a masked block, whose narrow accesses are listed. INT4's
+  loads are not seen on NVIDIA, as each byte is wanted by two threads and stays in the cache;
 * instructions of all paths together, and among them the fused multiply-adds, which would break the
   numerics contract, and the divisions, which would be slow. A correctly rounded division is made of
-  both, so the kernels that average terms (ties, sce) have them.
+  both, so the kernels that average terms (ties, sce) or divide by a probability (della) have
+  them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "aot"
 ELEMS = 5000
 """Of the operands that are launched with; what is compiled does not depend on it."""
 
-DIVIDES = ("ties", "sce")
+DIVIDES = ("ties", "sce", "della")
 """Kernels with correctly rounded divisions."""
 
 
@@ -159,8 +160,8 @@ def write(report: dict, text: str) -> None:
         f"Triton {triton.__version__}, from `python -m benchmarks.kernels_aot`. Registers per"
         " thread · instructions. Where nothing else is said every bulk access is 128 bits wide"
         " and there are no spills, no fused multiply-adds, no divisions and no shared memory."
-        " Fused operations and divisions of `ties` and `sce` are those of correctly rounded"
-        f" quotients, of fp32 factors those of the product.\n\n{text}\n",
+        " Fused operations and divisions of `ties`, `sce` and `della` are those of correctly"
+        f" rounded quotients, of fp32 factors those of the product.\n\n{text}\n",
         "utf-8",
     )
 

@@ -4,7 +4,8 @@
 place of arrays, so that the methods' passes run on either. Nothing waits for the GPU but `count`
 and `norms`, whose results are read at once.
 
-Masks by rank within a row (DELLA) are not among them: they need an exact sort of every row.
+Masks by rank within a row (DELLA) are applied first, source by source (`triton_rank`), and merged
+as deltas of which all is kept.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import triton
 
+from .reference import F32, F64
 from .reference_methods import (
     CHANCE,
     CUT,
@@ -24,6 +26,7 @@ from .reference_methods import (
     GRANULE,
     HIGH,
     IMPORTANCE,
+    KEEP,
     LOW,
     RANK,
     VARIANCE,
@@ -42,6 +45,7 @@ from .triton_launch import (
     warp_threads,
     with_nulls,
 )
+from .triton_rank import keep_by_rank, ranks_of, row_norms
 from .triton_sparse import ROW, merge_kernel
 
 COPIES = 32
@@ -72,7 +76,7 @@ def merge(
     """out = round(base + total); `reference_methods.merge` says what the numbers mean.
 
     Args:
-        inputs: begins at a granule, or at a tensor's start.
+        inputs: begins at a granule, for masks by rank at a row, where all is kept anywhere.
         out: 1-D, contiguous, of the inputs' length; may be the base itself.
         flag: as in `gpu.linear`.
 
@@ -80,10 +84,11 @@ def merge(
         The flag: 1 when an input that is looked at, or an output, is NaN or infinite.
 
     Raises:
-        ValueError: for masks by rank or by importance, or too many sources.
+        ValueError: for masks by importance, or too many sources.
     """
     _check(masks, inputs)
     flag = flag_on(out.device) if flag is None else flag
+    inputs, masks = _ranked(inputs, masks, flag)
     used = [
         i
         for i, kind in enumerate(masks.rows[:-1, 0])
@@ -134,11 +139,14 @@ def count(
     equal: np.ndarray,
 ) -> None:  # fmt: skip
     """Count magnitudes of a tile for exact order statistics: `sparse.count`, the same integers."""
-    _check(masks, inputs)
+    _check(masks, inputs, GRANULE)
+    granules = triton.cdiv(inputs.base.shape[0], GRANULE)
+    first = inputs.start // GRANULE
     for k, (stream, value) in enumerate(wanted.tolist()):
-        copies, own = _count(inputs, masks, stream, stage, value, equal.shape[1])
+        copies, own = _count(inputs, masks, stream, stage, value)
         bins[k] += copies.sum(0, dtype=torch.int64)[: bins.shape[1]].cpu().numpy()
-        equal[k] += own.cpu().numpy()
+        if equal.shape[1]:  # other threads add to other granules
+            equal[k, first : first + granules] += own.cpu().numpy()
 
 
 def norms(inputs: Inputs, masks: Masks, block_elems: int, sums: np.ndarray) -> None:
@@ -147,9 +155,11 @@ def norms(inputs: Inputs, masks: Masks, block_elems: int, sums: np.ndarray) -> N
     As `sparse.norms`, in fp64 and in an order of its own that does not depend on the tiling.
 
     Args:
-        block_elems: a multiple of GRANULE.
+        block_elems: a multiple of GRANULE; for masks by rank a row.
     """
-    _check(masks, inputs)
+    _check(masks, inputs, GRANULE)
+    if RANK in masks.rows[:, 0]:
+        return _row_norms(inputs, masks, block_elems, sums)
     if block_elems % GRANULE:
         raise ValueError(f"blocks of {block_elems} elements; whole granules expected")
     shared, elems = bool(masks.rows[-1, 0] == CUT), inputs.base.shape[0]
@@ -176,12 +186,72 @@ def norms(inputs: Inputs, masks: Masks, block_elems: int, sums: np.ndarray) -> N
         sums[first_block : first_block + blocks, i] = totals.cpu().numpy()
 
 
-def _check(masks: Masks, inputs: Inputs) -> None:
+def _check(masks: Masks, inputs: Inputs, unit: int = 1) -> None:
+    """Refuse masks without a GPU kernel, and tiles that do not begin at a multiple of `unit`."""
     kinds = set(masks.rows[:, 0].tolist())
-    if RANK in kinds or masks.measure == IMPORTANCE:
-        raise ValueError("masks by rank or by importance have no GPU kernel")
-    if inputs.start % GRANULE:
-        raise ValueError(f"a tile from element {inputs.start}; a granule's start expected")
+    if masks.measure == IMPORTANCE:
+        raise ValueError("masks by importance have no GPU kernel")
+    if RANK in kinds and kinds & {CUT, CHANCE}:
+        raise ValueError("masks by rank stand alone")
+    if RANK in kinds:
+        unit = masks.row
+    elif kinds & {CUT, CHANCE}:
+        unit = GRANULE
+    if inputs.start % unit:
+        raise ValueError(f"a tile from element {inputs.start}; a multiple of {unit} expected")
+
+
+def _ranked(inputs: Inputs, masks: Masks, flag: torch.Tensor) -> tuple[Inputs, Masks]:
+    """Sources that are masked by rank as what is left of them, of which all is kept."""
+    ranked = [i for i, kind in enumerate(masks.rows[:-1, 0].tolist()) if kind == RANK]
+    if not ranked:
+        return inputs, masks
+    sources: list[Any] = list(inputs.sources)
+    codes = list(inputs.codes)
+    is_delta, rows = list(inputs.is_delta), masks.rows.copy()
+    for i in ranked:
+        sources[i] = _kept_by_rank(inputs, masks, i, flag)
+        codes[i], is_delta[i], rows[i] = F64 if inputs.wide else F32, True, KEEP
+    kept = replace(inputs, sources=sources, codes=codes, is_delta=is_delta)
+    return kept, replace(masks, rows=rows)
+
+
+def _kept_by_rank(inputs: Inputs, masks: Masks, i: int, flag: torch.Tensor) -> torch.Tensor:
+    keys = _magnitudes(inputs, masks, i, 0, inputs.base.shape[0])
+    (low, span), rescale = masks.chances[i].tolist(), bool(masks.rows[i, 7])
+    return keep_by_rank(
+        *_bits_of(inputs, i), inputs.wide, ranks_of(keys, masks.row), masks.row, low, span, rescale,
+        masks.streams[i].tolist(), inputs.start, flag,
+    )  # fmt: skip
+
+
+def _row_norms(inputs: Inputs, masks: Masks, row: int, sums: np.ndarray) -> None:
+    first = inputs.start // row
+    for i, kind in enumerate(masks.rows[:-1, 0]):
+        if kind == DROP or not inputs.base.shape[0]:
+            continue
+        if kind == RANK:
+            masked = _kept_by_rank(inputs, masks, i, flag_on(inputs.base.device))
+        else:
+            masked = _deltas(inputs, i)
+        found = row_norms(*_bits_of(inputs, i), inputs.wide, masked, row).cpu().numpy()
+        sums[first : first + len(found), i] = found
+
+
+def _deltas(inputs: Inputs, i: int) -> torch.Tensor:
+    """A whole source: all are kept with probability 1."""
+    ranks = torch.zeros(inputs.base.shape[0], dtype=torch.int32, device=inputs.base.device)
+    return keep_by_rank(
+        *_bits_of(inputs, i), inputs.wide, ranks, 1, 1.0, 0.0, False, [0] * 4, 0,
+        flag_on(inputs.base.device),
+    )  # fmt: skip
+
+
+def _bits_of(inputs: Inputs, i: int) -> tuple[Any, Any, tuple[int, int], bool]:
+    """Base and one source as bits, their codes, and whether the source is a model."""
+    codes = inputs.base_code, inputs.codes[i]
+    base, source = bits(inputs.base, codes[0]), bits(inputs.sources[i], codes[1])
+    return base, source, codes, not inputs.is_delta[i]
 
 
 def _row(mask: np.ndarray, stream: np.ndarray) -> torch.Tensor:
@@ -222,17 +292,17 @@ def _magnitudes(inputs: Inputs, masks: Masks, i: int, start: int, elems: int) ->
 
 
 def _count(
-    inputs: Inputs, masks: Masks, i: int, stage: int, wanted: int, granules: int
+    inputs: Inputs, masks: Masks, i: int, stage: int, wanted: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(histograms, equal keys of each granule) of one source, or of the measure of all."""
     device = inputs.base.device
     width = (HIGH, LOW, 1)[stage]
     bins = torch.zeros((COPIES if stage < 2 else 1, width), dtype=torch.int32, device=device)
-    own = triton.cdiv(inputs.start + inputs.base.shape[0], GRANULE)
-    equal = torch.zeros(max(granules, own), dtype=torch.int64, device=device)
-    if inputs.base.shape[0]:
+    granules = triton.cdiv(inputs.base.shape[0], GRANULE)
+    equal = torch.zeros(granules, dtype=torch.int64, device=device)
+    if granules:
         _launch_count(inputs, masks, i, stage, wanted, bins, equal, bins)
-    return bins, equal[:granules]
+    return bins, equal
 
 
 def _launch_count(
@@ -244,7 +314,7 @@ def _launch_count(
     base: Any = inputs.base
     with on_device(base):
         count_kernel[(triton.cdiv(elems, constants["BLOCK"]),)](
-            *arguments, elems, wanted, inputs.start, bins, equal, keys,
+            *arguments, elems, wanted, bins, equal, keys,
             STAGE=stage, COPIES=COPIES, BINS=(HIGH, LOW, 1, 1)[stage],
             SHARED=masks.measure == VARIANCE, **constants, **OPTIONS,
         )  # fmt: skip

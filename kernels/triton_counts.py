@@ -33,7 +33,7 @@ def _keys(
 
 @triton.jit
 def _count_part(
-    operands, at, inside, wanted, granule, bins, equal, keys,
+    operands, at, inside, wanted, bins, equal, keys,
     STAGE: tl.constexpr, COPIES: tl.constexpr, BINS: tl.constexpr,
     CODES: tl.constexpr, WIDE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -56,21 +56,21 @@ def _count_part(
                 tl.atomic_add(copy, lowest, sem="relaxed")
         if STAGE > 0:  # noqa: SIM102 (one of the two is known when compiling)
             if lowest > 0:
-                where = equal + (granule + at) // _GRANULE
+                where = equal + at // _GRANULE
                 tl.atomic_add(where, lowest.to(tl.int64), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["thetas", "count", "elems", "wanted", "granule"])
+@triton.jit(do_not_specialize=["thetas", "count", "elems", "wanted"])
 def count_kernel(
     base, sources, thetas: tl.uint64, count: tl.int32, elems: tl.int64,
-    wanted: tl.int64, granule: tl.int64, bins, equal, keys,
+    wanted: tl.int64, bins, equal, keys,
     STAGE: tl.constexpr, COPIES: tl.constexpr, BINS: tl.constexpr,
     CODES: tl.constexpr, WIDE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count keys as `sparse.count` says; stage 3 writes the keys themselves to `keys`, int32.
 
     bins: int32 [COPIES, BINS]: programs share each copy with few others. equal: int64, for each
-    granule of the tensor; `granule`: number of the operands' first element in it.
+    granule of the operands, which begin with one.
 
     Most deltas of a model are small or zero, and many are equal: what falls into bin 0 is summed
     within the block, and only the rest goes to memory one by one.
@@ -79,13 +79,13 @@ def count_kernel(
     operands = (base, sources, thetas, count)
     if at + BLOCK <= elems:
         _count_part(
-            operands, at, tl.full((BLOCK,), 1, tl.int1), wanted, granule, bins, equal, keys, STAGE,
-            COPIES, BINS, CODES, WIDE, SHARED, BLOCK,
+            operands, at, tl.full((BLOCK,), 1, tl.int1), wanted, bins, equal, keys, STAGE, COPIES,
+            BINS, CODES, WIDE, SHARED, BLOCK,
         )  # fmt: skip
     else:
         _count_part(
-            operands, at, tl.arange(0, BLOCK) < elems - at, wanted, granule, bins, equal, keys,
-            STAGE, COPIES, BINS, CODES, WIDE, SHARED, BLOCK,
+            operands, at, tl.arange(0, BLOCK) < elems - at, wanted, bins, equal, keys, STAGE,
+            COPIES, BINS, CODES, WIDE, SHARED, BLOCK,
         )  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -118,6 +119,14 @@ def resident_programs(tensor: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count * 8
 
 
-def on_device(tensor: torch.Tensor) -> AbstractContextManager:
-    """The tensor's GPU as the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+_LAUNCHING = threading.Lock()
+
+
+@contextmanager
+def on_device(tensor: torch.Tensor) -> Iterator[None]:
+    """The tensor's GPU as the current one, for one thread at a time.
+
+    A kernel's first launch loads its code; Triton lets a second thread launch it half loaded.
+    """
+    with _LAUNCHING, torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        yield

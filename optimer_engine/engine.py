@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimer_engine import ops
-from optimer_engine.checkpoint import Backend
+from optimer_engine.errors import MemoryLimitError
 from optimer_engine.events import Callback, Finished, Started
 from optimer_engine.execution import Execution
 from optimer_engine.folder_sink import FolderSink
-from optimer_engine.planner import plan, plan_difference
-from optimer_engine.plans import MEM_LIMIT, Plan
+from optimer_engine.planner import ReadBackend, plan, plan_difference
+from optimer_engine.plans import MEM_LIMIT, MIN_TILE_BYTES, Plan
 from optimer_engine.recipe import Recipe, fingerprint
 from optimer_engine.report import Report, peak_mem_bytes, versions
 from optimer_engine.runs import DIFFERENCE
 from optimer_engine.sink import Sink
 
 if TYPE_CHECKING:
+    from optimer_engine.device import Lane
     from optimer_engine.mergekit import MergekitConfig
 
 
@@ -34,8 +36,10 @@ def merge(
     seed: int | None = None,
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
-    backend: Backend = "pread",
+    backend: ReadBackend = "pread",
     disk_limit: int | str | None = None,
+    device: str = "cpu",
+    resident_mem: int | str = 0,
     callbacks: Sequence[Callback] = (),
 ) -> Report:
     """Merge as `recipe` says into the new folder `out`.
@@ -50,7 +54,10 @@ def merge(
         part: (i, n) to write only the i-th of n parts, counted from 1; n runs, on any machines that
             share the disk, make one output, and the one that ends last publishes it.
         max_shard_size, compat, seed: see `planner.plan`.
-        backend: how inputs are read: "pread", or "mmap" (see `checkpoint`).
+        backend: how inputs are read: "pread", or "mmap" (see `checkpoint`), or "kvikio" straight
+            into GPU memory.
+        device, resident_mem: where it is merged, see `planner.plan`; the bytes are the same, but
+            for the last bits of LoRA adapters' products on a GPU.
         disk_limit: most that downloads from the Hub may take on the disk at any time; they are
             removed after use. Without a limit they go to the Hub's cache and stay.
 
@@ -70,6 +77,8 @@ def merge(
         backend=backend,
         whole=False,
         disk_limit=disk_limit,
+        device=device,
+        resident_mem=resident_mem,
     )
     return _run_closing(made, FolderSink(out, discard=discard), callbacks)
 
@@ -114,10 +123,12 @@ def run(
     Raises:
         NonFiniteError: NaN or infinity in a source or in the result, named.
         CheckpointError: a source that changed or failed while being read.
+        MemoryLimitError: a GPU has no room, even for small tiles.
         OutputError: from the sink. On any error the sink is aborted.
     """
     started = time.perf_counter()
-    execution = Execution(made, sink, callbacks, ops.linear_kernel(impl))
+    made, lanes = _with_lanes(made)
+    execution = Execution(made, sink, callbacks, ops.linear_kernel(impl), lanes)
     try:
         sink.open(made)
         execution.emit(Started(made.out_bytes))
@@ -132,6 +143,18 @@ def run(
         raise
     execution.emit(Finished(report))
     return report
+
+
+def _with_lanes(made: Plan) -> tuple[Plan, list[list[Lane]]]:
+    """The buffers of a plan's GPUs; with smaller tiles where somebody took memory meanwhile."""
+    while made.devices is not None:
+        try:
+            return made, made.devices.lanes(made.threads, *made.ring_shape)
+        except MemoryLimitError:
+            if made.tile_bytes // 2 < MIN_TILE_BYTES:
+                raise
+            made = replace(made, tile_bytes=made.tile_bytes // 2)
+    return made, []
 
 
 def _operation(made: Plan) -> str:
@@ -155,9 +178,11 @@ def _report(made: Plan, execution: Execution, wall_s: float) -> Report:
         bytes_written=made.out_bytes,
         wall_s=wall_s,
         threads=made.threads,
+        device=made.devices.name if made.devices else "cpu",
+        device_mem_bytes=made.device_mem_bytes,
         tile_bytes=made.tile_bytes,
         projected_mem_bytes=made.projected_mem_bytes,
         peak_mem_bytes=peak_mem_bytes(),
         warnings=list(made.warnings),
-        versions=versions("numpy", "numba"),
+        versions=versions("numpy", "numba", *(("torch", "triton") if made.devices else ())),
     )

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -24,13 +24,16 @@ from optimer_engine import methods, ops
 from optimer_engine.downloads import Downloads
 from optimer_engine.errors import MismatchError, NonFiniteError, quoted
 from optimer_engine.events import Advanced, Callback, Downloaded, Event
-from optimer_engine.kept import Kept
+from optimer_engine.kept import Kept, sampled
 from optimer_engine.methods.protocol import Pass, Statistics
 from optimer_engine.operands import Stored
 from optimer_engine.plans import Plan
 from optimer_engine.runs import DIFFERENCE, Run
 from optimer_engine.sink import Sink
 from optimer_engine.types import DType
+
+if TYPE_CHECKING:
+    from optimer_engine.device import Lane
 
 SETTLE_EVERY_S = 0.01
 
@@ -55,13 +58,13 @@ class _Job:
         wanted: the pass under way; None when it is the merge. `state`: what the passes found.
     """
 
-    def __init__(self, number: int, run: Run, tile_bytes: int, copies: bool) -> None:
+    def __init__(self, number: int, run: Run, tile_bytes: int, copies: bool, on_gpu: bool) -> None:
         self.number, self.run, self.method = number, run, run.method
         self.wanted: Pass | None = None
         self.state: Any = None
         self.steps: Statistics | None = None
         self.copied = copies and run.copied and not run.sources and isinstance(run.base, Stored)
-        self.step = run.tile_elems(COPY_BYTES if self.copied else tile_bytes)
+        self.step = run.tile_elems(COPY_BYTES if self.copied else tile_bytes, on_gpu)
         if self.method is not None:
             self.steps = self.method.statistics(run.recipe)
             self._advance(None)
@@ -106,12 +109,22 @@ class _Job:
 
 
 class Execution:
-    """The state that the worker threads of one run share."""
+    """The state that the worker threads of one run share.
+
+    Args:
+        lanes: for each worker its ways to the plan's GPUs; none without.
+    """
 
     def __init__(
-        self, made: Plan, sink: Sink, callbacks: Sequence[Callback], kernel: ops.Kernel
+        self,
+        made: Plan,
+        sink: Sink,
+        callbacks: Sequence[Callback],
+        kernel: ops.Kernel,
+        lanes: Sequence[list[Lane]] = (),
     ) -> None:
         self.plan, self.sink, self.callbacks, self.kernel = made, sink, callbacks, kernel
+        self.lanes = list(lanes)
         self.bytes_read = 0
         self.read_s = 0.0
         self.slow = self.drained = False
@@ -192,7 +205,9 @@ class Execution:
                     if tile := job.take():
                         return job, *tile
                 if following := next(self.runs, None):
-                    self.jobs.append(_Job(*following, self.plan.tile_bytes, self.sink.copies))
+                    on_gpu = self.plan.devices is not None
+                    made = _Job(*following, self.plan.tile_bytes, self.sink.copies, on_gpu)
+                    self.jobs.append(made)
                 elif any(job.wanted for job in self.jobs):
                     self.changed.wait()  # for the end of a pass, which makes its job ready again
                 else:
@@ -202,14 +217,15 @@ class Execution:
         return None
 
     def _work(self) -> None:
+        lanes = self.lanes.pop() if self.lanes else []
         # Rows are skewed by one cache line, or equal offsets would compete for the same cache sets.
-        ring = np.empty(self.plan.ring_shape, np.uint8)
+        ring = lanes[0].host if lanes else list(np.empty(self.plan.ring_shape, np.uint8))
         try:
             while taken := self._take():
                 job, start, stop = taken
                 if not self.downloads.need(job.number):
                     return
-                read_bytes, out_bytes = self._do(job, start, stop, ring)
+                read_bytes, out_bytes = self._do(job, start, stop, ring, lanes)
                 with self.changed:
                     self.bytes_read += read_bytes
                     over = job.finish(start, stop)
@@ -238,7 +254,18 @@ class Execution:
         inputs = sum(info.nbytes for each in opened for info in each.tensors.values())
         return inputs / (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
-    def _do(self, job: _Job, start: int, stop: int, ring: np.ndarray) -> tuple[int, int]:
+    def _free_behind(self, run: Run, start: int) -> None:
+        """In the last pass: nobody reads these elements again."""
+        if not self.frees:
+            return
+        for operand in run.operands:
+            if isinstance(operand, Stored):
+                here = operand.offset + start * operand.dtype.itemsize
+                operand.checkpoint.free_behind(operand.file, here)
+
+    def _do(
+        self, job: _Job, start: int, stop: int, ring: list[np.ndarray], lanes: list[Lane]
+    ) -> tuple[int, int]:
         """One tile of a pass or of the merge: (bytes read, bytes of output done)."""
         run = job.run
         out_bytes = 0 if job.wanted else (stop - start) * run.out.dtype.itemsize
@@ -250,15 +277,15 @@ class Execution:
             fd = base.checkpoint.files[base.file].fd
             self.sink.copy_run(run, start, stop, fd, base.offset + start * base.dtype.itemsize)
             return out_bytes, out_bytes
+        if self.plan.devices is not None and run.on_gpu:
+            lane = lanes[self.plan.devices.owner(run, start, stop)]
+            return self._do_on_gpu(job, start, stop, ring, lane), out_bytes
         begun = time.perf_counter()
         tiles = _read(run, start, stop, ring)
         read_bytes = sum(tile.nbytes for tile in tiles)
         self._note_speed(time.perf_counter() - begun)
-        if self.frees and out_bytes:  # in the last pass: nobody reads these elements again
-            for operand in run.operands:
-                if isinstance(operand, Stored):
-                    here = operand.offset + start * operand.dtype.itemsize
-                    operand.checkpoint.free_behind(operand.file, here)
+        if out_bytes:
+            self._free_behind(run, start)
         if run.copied:
             for (number, _), tile in zip(run.sources, tiles[1:], strict=True):
                 if not np.array_equal(tiles[0], tile):
@@ -283,18 +310,58 @@ class Execution:
                 return read_bytes, 0
             bad = job.method.merge(cut, job.state, computed)
         if computed is not out:
-            from optimer_engine.methods.sparse import stream as random_stream
-
-            for info, first, low, high in run.parts(start, stop):
-                part = slice(low - start, high - start)
-                key = random_stream(self.plan.rounding_seed or 0, "rounding", info.name)
-                bad |= ops.round_stochastically(computed[part], out[part], first, key)
+            bad |= self._round_by_chance(run, start, stop, computed, out)
         if bad:
             self._refuse_nonfinite(run, start, stop, tiles)
         if job.method is None and run.treatment.method != DIFFERENCE:
             self.kept.add(run, start, tiles, out)
         self.sink.write_run(run, start, out)
         return read_bytes, out_bytes
+
+    def _do_on_gpu(
+        self, job: _Job, start: int, stop: int, ring: list[np.ndarray], lane: Lane
+    ) -> int:
+        """One tile through a GPU: the bytes read."""
+        run = job.run
+        if job.wanted:
+            with self.changed:
+                accumulator = job.accumulator()
+            return lane.map(run, start, stop, job.wanted, accumulator)
+        merged = lane.merge(run, start, stop, job.method, job.state)
+        self._free_behind(run, start)
+        out = _row(ring[-1], stop - start, run.out.dtype)
+        computed = out if run.computed is run.out.dtype else _row(ring[-2], stop - start, DType.F32)
+        stays = self.sink.on_gpu and computed is out
+        if not stays:
+            lane.fetch(merged, computed)
+        lane.wait(run, start, stop)
+        bad = bool(merged.nonfinite)
+        if computed is not out:
+            bad |= self._round_by_chance(run, start, stop, computed, out)
+        if bad:
+            self._refuse_nonfinite(run, start, stop, _read(run, start, stop, ring))
+        if stays:
+            lane.launch(self.sink.write_run, run, start, lane.typed(merged.out, run.computed))
+            lane.wait(run, start, stop)
+            return merged.read_bytes
+        self.sink.write_run(run, start, out)
+        if job.method is None and run.treatment.method != DIFFERENCE and merged.read_bytes:
+            for begin, end in sampled(start, stop):  # on the GPU the inputs were out of sight
+                block = out[begin - start : end - start]
+                self.kept.add(run, begin, _read(run, begin, end, ring[:-1]), block)
+        return merged.read_bytes
+
+    def _round_by_chance(
+        self, run: Run, start: int, stop: int, computed: np.ndarray, out: np.ndarray
+    ) -> bool:
+        from optimer_engine.methods.sparse import stream as random_stream
+
+        bad = False
+        for info, first, low, high in run.parts(start, stop):
+            part = slice(low - start, high - start)
+            key = random_stream(self.plan.rounding_seed or 0, "rounding", info.name)
+            bad |= ops.round_stochastically(computed[part], out[part], first, key)
+        return bad
 
     def _linear(self, run: Run, tiles: list[np.ndarray], out: np.ndarray) -> bool:
         assert run.base is not None
@@ -351,7 +418,7 @@ def _row(buffer: np.ndarray, elems: int, dtype: DType) -> np.ndarray:
     return buffer[: elems * dtype.itemsize].view(dtype.storage)
 
 
-def _read(run: Run, start: int, stop: int, ring: np.ndarray) -> list[np.ndarray]:
+def _read(run: Run, start: int, stop: int, ring: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The tile of every operand, the base first."""
     tiles: list[np.ndarray] = []
     for operand, buffer in zip(run.operands, ring, strict=False):

@@ -30,8 +30,10 @@ def facts(plan: Plan) -> dict[str, Any]:
         formula, groups (tensors treated alike: formula, how many, bytes in and out), tensors,
         files, read_bytes, write_bytes, disk_bytes (free space needed beside the output's
         folder), download_bytes and least_disk_limit_bytes (if something comes from the Hub),
-        memory_bytes (the promised bound, beyond interpreter and libraries), seconds (a rough
-        estimate from a sample of the inputs), tile_bytes, threads, warnings.
+        memory_bytes (the promised bound, beyond interpreter and libraries), with GPUs device,
+        pinned_memory_bytes (a part of it), gpu_memory_bytes and gpu_resident_bytes (of each GPU,
+        for the run and for what stays), seconds (a rough estimate from a sample of the inputs),
+        tile_bytes, threads, warnings.
     """
     runs = plan.runs()
     read = sum(_read_bytes(run) for run in runs)
@@ -48,10 +50,22 @@ def facts(plan: Plan) -> dict[str, Any]:
         "disk_bytes": write,
         **_downloads(runs),
         "memory_bytes": plan.projected_mem_bytes,
+        **_gpus(plan),
         "seconds": round(_seconds(plan, runs, read, write), 1),
         "tile_bytes": plan.tile_bytes,
         "threads": plan.threads,
         "warnings": list(plan.warnings),
+    }
+
+
+def _gpus(plan: Plan) -> dict[str, Any]:
+    if plan.devices is None:
+        return {}
+    return {
+        "device": plan.devices.name,
+        "pinned_memory_bytes": plan.pinned_mem_bytes,
+        "gpu_memory_bytes": plan.device_mem_bytes,
+        "gpu_resident_bytes": plan.devices.resident_bytes,
     }
 
 

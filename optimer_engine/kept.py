@@ -13,6 +13,7 @@ estimated on every SAMPLE_EVERYth block of BLOCK elements of each stretch of ten
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,6 +22,13 @@ from optimer_engine.runs import Run
 
 BLOCK = 4096
 SAMPLE_EVERY = 256
+
+
+def sampled(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The blocks, as first element and end, that begin within elements start..stop."""
+    stride = BLOCK * SAMPLE_EVERY
+    for begin in range(-(-start // stride) * stride, stop, stride):
+        yield begin, min(begin + BLOCK, stop)
 
 
 class Kept:
@@ -36,10 +44,8 @@ class Kept:
         Args:
             tiles: of the base and the sources; `out`: the result, in the run's output dtype.
         """
-        stride = BLOCK * SAMPLE_EVERY
-        first = -(-start // stride) * stride
-        for begin in range(first, start + len(out), stride):
-            block = slice(begin - start, min(begin - start + BLOCK, len(out)))
+        for begin, end in sampled(start, start + len(out)):
+            block = slice(begin - start, end - start)
             self._add(run, [tile[block] for tile in tiles], out[block])
 
     def _add(self, run: Run, tiles: list[np.ndarray], out: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,12 @@ Impl = Literal["auto", "triton", "cpu", "reference"]
 Kernel = Callable[..., bool]
 
 _CODE = {dtype: code for code, dtype in enumerate(MERGEABLE)}
+_PACKED = {8: 6, 4: 7}
+
+
+def code(dtype: DType, packed_bits: int = 0) -> int:
+    """The kernels' number of a dtype, or of a packed vector's form."""
+    return _PACKED[packed_bits] if packed_bits else _CODE[dtype]
 
 
 def linear_kernel(impl: Impl = "auto") -> Kernel:
@@ -79,12 +85,27 @@ def _implementation(impl: Impl) -> Kernel:
     )
 
 
-def _triton_linear() -> Kernel:
-    """The GPU kernel, or what is missing for it."""
+class GpuKernels(NamedTuple):
+    """What merges tensors in a GPU's memory, by dtype codes; see `kernels.gpu` and its siblings."""
+
+    linear: Callable[..., Any]
+    low_rank: Callable[..., Any]
+    factors: Callable[..., Any]
+    max_rank: int
+    unpack: Callable[..., Any]
+    same: int
+
+
+def gpu_kernels() -> GpuKernels:
+    """The GPU's kernels, or what is missing for them.
+
+    Raises:
+        MissingExtraError: when triton is not installed. RecipeError: when there is no GPU.
+    """
     import torch
 
     try:
-        from optimer_engine.kernels import gpu
+        from optimer_engine.kernels import gpu, reference_packed, triton_lowrank, triton_packed
     except ImportError as error:
         raise MissingExtraError(
             f"triton cannot be imported ({error})",
@@ -97,6 +118,15 @@ def _triton_linear() -> Kernel:
             where="impl triton",
             todo="install torch for your GPU, or use impl cpu",
         )
+    return GpuKernels(
+        gpu.linear, triton_lowrank.low_rank, triton_lowrank.Factors, triton_lowrank.MAX_RANK,
+        triton_packed.unpack_exact, reference_packed.SAME,
+    )  # fmt: skip
+
+
+def _triton_linear() -> Kernel:
+    """The GPU kernel for tensors that all are on one GPU."""
+    linear = gpu_kernels().linear
 
     def run(base, base_code, sources, codes, is_delta, weights, out, out_code, add_base):  # type: ignore[no-untyped-def]
         places = {str(getattr(array, "device", "main memory")) for array in (base, *sources, out)}
@@ -106,9 +136,7 @@ def _triton_linear() -> Kernel:
                 where="impl triton",
                 todo="move them to one GPU",
             )
-        return gpu.linear(
-            base, base_code, sources, codes, is_delta, weights, out, out_code, add_base
-        )
+        return linear(base, base_code, sources, codes, is_delta, weights, out, out_code, add_base)
 
     return run
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -27,7 +27,10 @@ from optimer_engine.plans import (
     TILE_BYTES,
     Plan,
     available_cores,
+    check_on_gpus,
     fitted,
+    fitted_on_gpus,
+    multiplies_on_gpus,
     placed,
     treatment_of,
 )
@@ -37,7 +40,10 @@ from optimer_engine.runs import DIFFERENCE, Row, Treatment, anchored, fold
 from optimer_engine.tensor_recipe import Settings
 from optimer_engine.types import DType, parse_bytes
 
+ReadBackend = Literal["pread", "mmap", "kvikio"]
+
 if TYPE_CHECKING:
+    from optimer_engine.device import Devices
     from optimer_engine.mergekit import MergekitConfig
 
 
@@ -51,9 +57,11 @@ def plan(
     compat: str | None = None,
     seed: int | None = None,
     part: tuple[int, int] = (1, 1),
-    backend: Backend = "pread",
+    backend: ReadBackend = "pread",
     whole: bool = True,
     disk_limit: int | str | None = None,
+    device: str = "cpu",
+    resident_mem: int | str = 0,
 ) -> Plan:
     """Resolve a recipe: open every checkpoint, check that they fit, lay out the output.
 
@@ -61,12 +69,16 @@ def plan(
         recipe: a Recipe, a mapping, or the path of a YAML file; mergekit's files work as well.
         mem_limit: bytes the run may add to the interpreter; tiles shrink to fit.
         threads: default one per available core, and as many more where the inputs do not lie in
-            the page cache.
+            the page cache; four for each GPU.
         max_shard_size: bytes per output file, in place of the recipe's.
         compat: "mergekit" for what mergekit computes where it departs from a method's paper.
         seed: of random masks and stochastic rounding, in place of the recipe's.
         part: (i, n): plan only the i-th of n parts of the output, counted from 1.
-        backend: how the inputs are read, see `checkpoint`.
+        backend: how the inputs are read, see `checkpoint`; or "kvikio", into GPU memory directly.
+        device: "cpu"; "cuda" for all GPUs, "cuda:0,1" for some; "auto" for GPUs if there are any,
+            where methods without a GPU form stay in main memory instead of being refused.
+        resident_mem: bytes of each GPU in which inputs stay that were read once, for the next pass
+            of a method and for the next run of the plan; "free" for what is free now.
         whole: download inputs from the Hub now; else headers only, the rest while the plan runs.
         disk_limit: bytes that downloads may take at any time, if `whole` is False.
         every_source: also open sources of weight 0, which `with_weights` may turn on.
@@ -81,14 +93,17 @@ def plan(
             f"{part[0]}/{part[1]} is no part", where="part", todo="write 1/4, 2/4, 3/4 or 4/4"
         )
     recipe = load_recipe(recipe)
-    spare = available_cores() if threads is None else 0
-    threads = threads or available_cores()
+    devices = _devices(device, backend)
+    read_by: Backend = "mmap" if backend == "mmap" else "pread"
+    workers = devices.workers if devices else available_cores()
+    spare = available_cores() if threads is None and devices is None else 0
+    threads = threads or workers
     given = {"max_shard_size": max_shard_size, "compat": compat, "seed": seed}
     options = {key: value for key, value in given.items() if value is not None}
     if isinstance(recipe, Recipe):
-        made = _plan_recipe(_with_options(recipe, options), every_source, whole, backend)
+        made = _plan_recipe(_with_options(recipe, options), every_source, whole, read_by)
     else:
-        made = _plan_mergekit(recipe, options, whole, backend)
+        made = _plan_mergekit(recipe, options, whole, read_by)
     notes = (note for checkpoint in made.checkpoints if checkpoint for note in checkpoint.notes)
     made = replace(
         made,
@@ -99,9 +114,41 @@ def plan(
         disk_limit=None if disk_limit is None else parse_bytes(disk_limit),
         warnings=(*notes, *made.warnings),
     )
+    if devices is not None:
+        made = _on_gpus(made, devices, device)
     made = fitted(placed(made), mem_limit)
+    if devices is not None:
+        if resident_mem != "free":
+            devices.keep(parse_bytes(resident_mem) if resident_mem else 0)
+        made = fitted_on_gpus(made)
+        if resident_mem == "free":
+            devices.keep(int(FREE_SHARE * (devices.free_bytes() - made.device_mem_bytes)))
     if made.disk_limit is not None:
         check_limit([run.reads for run in made.runs()], made.disk_limit)
+    return made
+
+
+FREE_SHARE = 0.9
+"""Of a GPU's free memory that `resident_mem="free"` takes: allocators need some room."""
+
+
+def _devices(device: str, backend: str) -> Devices | None:
+    if device == "cpu" and backend in ("pread", "mmap"):
+        return None
+    from optimer_engine.cuda import devices_for
+
+    return devices_for(device, backend)
+
+
+def _on_gpus(made: Plan, devices: Devices, device: str) -> Plan:
+    """The plan for GPUs; methods that have no GPU form are refused unless `device` is auto."""
+    from optimer_engine.device import TILE_BYTES as GPU_TILE_BYTES
+
+    made = replace(made, devices=devices, tile_bytes=GPU_TILE_BYTES)
+    if device != "auto":
+        check_on_gpus(placed(made))
+    if multiplies_on_gpus(made):
+        made = replace(made, options={**made.options, "device": "cuda"})
     return made
 
 

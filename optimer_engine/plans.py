@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import msgspec
 
 from optimer_engine import methods
+from optimer_engine.adapter import LowRank
 from optimer_engine.checkpoint import MODEL, Checkpoint
 from optimer_engine.downloads import memory_bytes
-from optimer_engine.errors import MemoryLimitError, RecipeError
+from optimer_engine.errors import MemoryLimitError, RecipeError, quoted
 from optimer_engine.layout import Shard
 from optimer_engine.operands import Operand
 from optimer_engine.recipe import Recipe
-from optimer_engine.runs import JOINED, Row, Run, Treatment, fold, join
+from optimer_engine.runs import GPU_SOURCES, JOINED, Row, Run, Treatment, fold, join
 from optimer_engine.types import TensorInfo, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from optimer_engine.device import Devices
     from optimer_engine.events import Callback
     from optimer_engine.mergekit import MergekitConfig
     from optimer_engine.report import Report
@@ -61,6 +63,8 @@ class Plan:
         donor: number of the checkpoint that configuration and tokenizer files come from; `files`
             are written in place of its own, `omitted` are not copied.
         options: keywords of `plan` that decide the output's bytes, beside the recipe.
+        devices: the GPUs that merge, or None for main memory; what is resident there outlives a
+            run, so that trials of a search share it.
     """
 
     recipe: Recipe | MergekitConfig
@@ -80,6 +84,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     spare_threads: int = 0
     disk_limit: int | None = None
+    devices: Devices | None = field(default=None, compare=False)
 
     @property
     def base(self) -> Checkpoint:
@@ -125,14 +130,17 @@ class Plan:
 
     @property
     def projected_mem_bytes(self) -> int:
-        """Upper bound of what running the plan adds to the interpreter and its libraries."""
+        """Upper bound of what running the plan adds to the interpreter and its libraries.
+
+        With GPUs a thread's buffers are pinned: `pinned_mem_bytes` is a part of this.
+        """
         computed = (
             sum(i.scratch_bytes(self.tile_bytes) for i in row.inputs if _computes(i))
             for row in self.rows
         )
         rows, row_bytes = self.ring_shape
         ring_bytes = rows * row_bytes
-        if ring_bytes >= HUGE_PAGES_FROM_BYTES:
+        if ring_bytes >= HUGE_PAGES_FROM_BYTES and self.devices is None:
             ring_bytes += HUGE_PAGE_BYTES
         per_thread = ring_bytes + max(computed, default=0)
         shared, threads = 0, self.threads + self.spare_threads
@@ -145,6 +153,33 @@ class Plan:
         # A job's last tiles overlap the next one's first: two statistics may be held at once.
         downloads = memory_bytes(self.checkpoints)
         return threads * per_thread + 2 * shared + bookkeeping + downloads
+
+    @property
+    def pinned_mem_bytes(self) -> int:
+        """Main memory that GPUs read and write by themselves; 0 without."""
+        rows, row_bytes = self.ring_shape
+        return self.threads * rows * row_bytes if self.devices else 0
+
+    @property
+    def device_mem_bytes(self) -> int:
+        """Upper bound of what the run takes of each GPU, but for what stays resident there."""
+        if self.devices is None:
+            return 0
+        rows, row_bytes = self.ring_shape
+        scratch = (
+            run.method.gpu_bytes(run.recipe, run.tile_elems(self.tile_bytes))
+            for run in self._method_runs()
+            if run.method is not None and run.on_gpu
+        )
+        computed = [
+            [given for given in row.inputs if _computes(given)]
+            for row in self.rows
+            if any(map(_computes, row.inputs))
+        ]
+        factors = (sum(_factor_bytes(given, row_bytes) for given in some) for some in computed)
+        packed = row_bytes if computed else 0
+        each = rows * row_bytes + packed + max(factors, default=0) + max(scratch, default=0)
+        return self.threads * each
 
     @property
     def ring_shape(self) -> tuple[int, int]:
@@ -226,6 +261,8 @@ class Plan:
 
     def close(self) -> None:
         """Close the checkpoints' files."""
+        if self.devices is not None:
+            self.devices.close()
         for checkpoint in self.checkpoints:
             if checkpoint is not None:
                 checkpoint.close()
@@ -261,7 +298,11 @@ def fitted(made: Plan, mem_limit: int | str) -> Plan:
     """The plan with tiles that keep it within the limit, and that many sources do not enlarge."""
     limit = parse_bytes(mem_limit)
     rows, _ = made.ring_shape
-    while rows * made.tile_bytes > RING_BYTES and made.tile_bytes > LEAST_TILE_BYTES:
+    while (
+        made.devices is None  # whose tiles are as large as a copy to them wants
+        and rows * made.tile_bytes > RING_BYTES
+        and made.tile_bytes > LEAST_TILE_BYTES
+    ):
         made = replace(made, tile_bytes=made.tile_bytes // 2)
     while made.projected_mem_bytes > limit:
         if made.tile_bytes // 2 < MIN_TILE_BYTES:
@@ -273,6 +314,60 @@ def fitted(made: Plan, mem_limit: int | str) -> Plan:
             )
         made = replace(made, tile_bytes=made.tile_bytes // 2)
     return made
+
+
+def fitted_on_gpus(made: Plan) -> Plan:
+    """The plan with tiles that fit what its GPUs have free."""
+    assert made.devices is not None
+    free = made.devices.free_bytes()
+    while made.device_mem_bytes + made.devices.resident_bytes > free:
+        if made.tile_bytes // 2 < MIN_TILE_BYTES:
+            needed = made.device_mem_bytes + made.devices.resident_bytes
+            raise MemoryLimitError(
+                f"needs {format_bytes(needed)} of a GPU's memory, {format_bytes(free)} are free",
+                where=made.devices.name,
+                todo="keep less resident, stop what else runs there, or use device cpu",
+            )
+        made = replace(made, tile_bytes=made.tile_bytes // 2)
+    return made
+
+
+def check_on_gpus(made: Plan) -> None:
+    """Refuse what has no GPU form.
+
+    Raises:
+        RecipeError: naming each method and a tensor.
+    """
+    lacking: dict[str, str] = {}
+    for run in made.runs():
+        if not (run.on_gpu or run.copied):
+            why = "has no GPU form"
+            if len(run.sources) > GPU_SOURCES:
+                why = f"has {len(run.sources)} sources, GPUs take {GPU_SOURCES}"
+            method = run.treatment.method
+            lacking.setdefault(method, f"{method} of {quoted(run.tensors[0].name)} {why}")
+    if lacking:
+        raise RecipeError(
+            "; ".join(lacking.values()),
+            where="device",
+            todo="use device auto, which merges those in main memory, or device cpu",
+        )
+
+
+def multiplies_on_gpus(made: Plan) -> bool:
+    """Whether low-rank products are formed on a GPU: their last bits are the hardware's."""
+    return made.devices is not None and any(
+        isinstance(given, LowRank) for row in made.rows for given in row.inputs
+    )
+
+
+def _factor_bytes(operand: Operand, tile_bytes: int) -> int:
+    """What an adapter takes on a GPU: its right factor, rows of the left one, and the product."""
+    if not isinstance(operand, LowRank):
+        return 0
+    columns, rank = operand.shape[1], operand.left.shape[1]
+    rows = tile_bytes // (4 * max(1, columns)) + 2
+    return 4 * (rank * (columns + rows) + rows * columns)
 
 
 def _computes(given: TensorInfo | Operand | None) -> TypeGuard[Operand]:

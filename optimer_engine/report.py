@@ -26,6 +26,8 @@ class Report(msgspec.Struct, kw_only=True):
         kept: for each source of a weighted sum, the share of its delta that the output's grid
             kept (see `kept`), from a sample.
         bytes_read, bytes_written: of tensor data.
+        device: where it was merged: "cpu", or the GPUs by name.
+        device_mem_bytes: the bound the plan gave for each GPU, but for what stays resident.
         wall_s: seconds from the first tile to the last file in place.
         projected_mem_bytes: the bound the plan gave for the engine's own buffers.
         peak_mem_bytes: largest resident size of the whole process so far, as the system saw it.
@@ -50,6 +52,8 @@ class Report(msgspec.Struct, kw_only=True):
     bytes_written: int = 0
     wall_s: float = 0.0
     threads: int = 0
+    device: str = "cpu"
+    device_mem_bytes: int = 0
     tile_bytes: int = 0
     projected_mem_bytes: int = 0
     peak_mem_bytes: int = 0

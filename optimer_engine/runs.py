@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 
 from optimer_engine import methods
+from optimer_engine.adapter import LowRank
 from optimer_engine.checkpoint import VECTOR, Checkpoint
-from optimer_engine.methods.protocol import Method
+from optimer_engine.methods.protocol import GRANULE, Method
 from optimer_engine.operands import Operand, Stored
 from optimer_engine.tensor_recipe import Ref, Settings, TensorRecipe
 from optimer_engine.types import DType, TensorInfo
@@ -25,6 +26,8 @@ DIFFERENCE = "difference"
 """The treatment of `optimer extract`: source - base, the base not added."""
 JOINED = ("task_arithmetic", DIFFERENCE)
 """Treatments that the fused linear kernel runs over joined tensors."""
+GPU_SOURCES = 64
+"""Sources that the GPU's kernels take in one launch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +136,27 @@ class Run:
             info.name, info.shape, self.computed, self.treatment.method, settings, base, refs
         )
 
-    def tile_elems(self, tile_bytes: int) -> int:
-        """Elements of a tile whose widest operand takes `tile_bytes`, or the method's least."""
+    @property
+    def on_gpu(self) -> bool:
+        """Whether what is done to it has a GPU form; a copy has none, and needs none."""
+        method = self.method
+        fits = not self.copied and len(self.sources) <= GPU_SOURCES
+        return fits and (method is None or method.on_gpu)
+
+    def tile_elems(self, tile_bytes: int, on_gpu: bool = False) -> int:
+        """Elements of a tile whose widest operand takes `tile_bytes`, or the method's least.
+
+        On a GPU a weighted sum's tiles do not cut what packed vectors are made of.
+        """
         elems = max(1, tile_bytes // self.widest)
-        if self.method is None:
+        if self.method is not None:
+            unit = self.method.unit(self.recipe)
+            return max(unit, elems // unit * unit)
+        if not on_gpu:
             return elems
-        unit = self.method.unit(self.recipe)
-        return max(unit, elems // unit * unit)
+        rows = [o.shape[1] for o in self.operands if isinstance(o, LowRank)]
+        unit = max(rows, default=GRANULE)
+        return elems // unit * unit or elems
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[TensorInfo, int, int, int]]:
         """Tensors met by elements start..stop: (tensor, first element in it, from, to in run)."""

@@ -30,9 +30,11 @@ class Sink:
 
     Attributes:
         copies: whether `copy_run` is there to take unchanged tensors as bytes of a file.
+        on_gpu: whether `write` also takes tiles that lie in a GPU's memory, as torch tensors.
     """
 
     copies = False
+    on_gpu = False
 
     def open(self, plan: Plan) -> None:
         """Check and prepare; called before the first tile."""
@@ -50,7 +52,7 @@ class Sink:
 
     def write_run(self, run: Run, start: int, tile: np.ndarray) -> None:
         """Take a tile of a run; by default cut into its tensors' parts."""
-        for info, first, low, high in run.parts(start, start + tile.size):
+        for info, first, low, high in run.parts(start, start + len(tile)):
             self.write(info, first, tile[low - start : high - start])
 
     def copy_run(self, run: Run, start: int, stop: int, fd: int, offset: int) -> None:
@@ -82,6 +84,8 @@ class LiveModelSink(Sink):
         model: a `torch.nn.Module` whose names are the checkpoint's, on any device.
     """
 
+    on_gpu = True
+
     def __init__(self, model: Any) -> None:
         self.model = model
         self._flat: dict[str, Any] = {}
@@ -105,6 +109,10 @@ class LiveModelSink(Sink):
                     )
                 if written.setdefault(target.data_ptr(), info.name) == info.name or not info.elems:
                     self._flat[info.name] = target.detach().view(-1)
+        if any(flat.is_cuda for flat in self._flat.values()):
+            import torch
+
+            torch.cuda.synchronize()  # an evaluation may still read what will be rewritten
         missing = [n for n, t in stored.items() if t.numel() and t.data_ptr() not in written]
         if missing:
             raise MismatchError(
@@ -114,8 +122,9 @@ class LiveModelSink(Sink):
                 todo="load the model from the recipe's base",
             )
 
-    def write(self, info: TensorInfo, start: int, tile: np.ndarray) -> None:
+    def write(self, info: TensorInfo, start: int, tile: Any) -> None:
         """Copy into the parameter, casting to its dtype and device."""
         flat = self._flat.get(info.name)
         if flat is not None:
-            flat[start : start + tile.size].copy_(ops.as_torch(tile, info.dtype))
+            values = ops.as_torch(tile, info.dtype) if isinstance(tile, np.ndarray) else tile
+            flat[start : start + len(tile)].copy_(values)

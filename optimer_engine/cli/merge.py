@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from optimer_engine.cli.devices import device_options, resident_mem
 from optimer_engine.cli.output import emit, json_option
 from optimer_engine.errors import RecipeError
 from optimer_engine.types import format_bytes
 
 if TYPE_CHECKING:
-    from optimer_engine.checkpoint import Backend
     from optimer_engine.mergekit import MergekitConfig
+    from optimer_engine.planner import ReadBackend
 
 
 @click.command(name="merge")
@@ -40,11 +41,12 @@ if TYPE_CHECKING:
 @click.option("--mem-limit", default="512MiB", show_default=True, help="Beyond the interpreter.")
 @click.option(
     "--read-backend",
-    type=click.Choice(["pread", "mmap"]),
+    type=click.Choice(["pread", "mmap", "kvikio"]),
     default="pread",
     show_default=True,
-    help="How inputs are read; the bits are the same.",
+    help="How inputs are read; kvikio: straight into GPU memory. The bits are the same.",
 )
+@device_options
 @click.option("--part", metavar="I/N", help="Make only the I-th of N parts; the last publishes.")
 @click.option(
     "--dask-scheduler", metavar="ADDRESS", help="Spread the parts over its workers, e.g. tcp://…"
@@ -66,7 +68,9 @@ def command(
     mem_limit: str,
     disk_limit: str | None,
     threads: int | None,
-    read_backend: Backend,
+    read_backend: ReadBackend,
+    device: str,
+    storage_device: str,
     part: str | None,
     dask_scheduler: str | None,
     as_json: bool,
@@ -79,6 +83,7 @@ def command(
     Examples:
       optimer merge recipe.yaml -o merged
       optimer merge --base org/base --add org/ja=0.4 --add runs/math/vector=0.25 -o merged
+      optimer merge recipe.yaml -o merged --device cuda:0,cuda:1
     """
     from optimer_engine.engine import merge
     from optimer_engine.planner import load_recipe, plan
@@ -93,7 +98,8 @@ def command(
         )
     options: dict[str, Any] = {"mem_limit": mem_limit, "max_shard_size": max_shard_size}
     options |= {"threads": threads, "backend": read_backend, "compat": compat, "seed": seed}
-    options["disk_limit"] = disk_limit
+    options |= {"disk_limit": disk_limit, "device": device}
+    options["resident_mem"] = resident_mem(device, storage_device)
     wanted: Recipe | MergekitConfig
     if recipe is not None:
         if added:

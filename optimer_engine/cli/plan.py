@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from optimer_engine.cli.devices import device_options, resident_mem
 from optimer_engine.cli.output import emit, json_option
 from optimer_engine.types import format_bytes
 
@@ -15,8 +16,16 @@ from optimer_engine.types import format_bytes
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--mem-limit", default="512MiB", show_default=True, help="Beyond the interpreter.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one per core.")
+@device_options
 @json_option
-def command(recipe: Path, mem_limit: str, threads: int | None, as_json: bool) -> None:
+def command(
+    recipe: Path,
+    mem_limit: str,
+    threads: int | None,
+    device: str,
+    storage_device: str,
+    as_json: bool,
+) -> None:
     """Say what a merge would read, write and need, and refuse what cannot work.
 
     Opens every checkpoint's headers, checks that they fit, and writes nothing.
@@ -28,7 +37,15 @@ def command(recipe: Path, mem_limit: str, threads: int | None, as_json: bool) ->
     from optimer_engine.explain import facts
     from optimer_engine.planner import plan
 
-    made = plan(recipe, mem_limit=mem_limit, threads=threads, every_source=False, whole=False)
+    made = plan(
+        recipe,
+        mem_limit=mem_limit,
+        threads=threads,
+        every_source=False,
+        whole=False,
+        device=device,
+        resident_mem=resident_mem(device, storage_device),
+    )
     found = facts(made)
     emit(found, explanation(found), as_json)
 

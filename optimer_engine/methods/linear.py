@@ -19,6 +19,7 @@ INT8_MASK = Parameter(bool, False, meaning="accepted for mergekit's sake, withou
 
 class _Folded(Method):
     skips_zero = True
+    on_gpu = True
 
     def merge(self, tile: Tile, state: Any, out: np.ndarray) -> bool:
         """Write the weighted sum."""

@@ -172,6 +172,8 @@ class Method:
         base: whether a base is "required", "optional" or "unused".
         min_sources, max_sources: beside the base; None is no limit.
         by_row: tiles are whole rows. skips_zero: a source of weight 0 has no part in the result.
+        on_gpu: its passes and its merge also take tiles that lie in a GPU's memory, as torch
+            tensors; `merge` then returns a flag that is good once the GPU is done.
     """
 
     name: str
@@ -184,6 +186,7 @@ class Method:
 
     by_row: ClassVar[bool] = False
     skips_zero: ClassVar[bool] = False
+    on_gpu: ClassVar[bool] = False
 
     def settings(self, shared: Mapping[str, Any], per_source: list[dict[str, Any]]) -> Settings:
         """All parameters of this method, checked, defaults filled in.
@@ -273,6 +276,10 @@ class Method:
     def memory(self, recipe: TensorRecipe) -> Memory:
         """An upper bound of what it holds beside the tiles and the kernels' blocks."""
         return Memory(0, 0)
+
+    def gpu_bytes(self, recipe: TensorRecipe, elems: int) -> int:
+        """An upper bound of what a tile of `elems` elements takes on a GPU beside its operands."""
+        return 0
 
     def statistics(self, recipe: TensorRecipe) -> Statistics:
         """Passes over the tensor; returns the state for `merge`. By default none, and None."""

@@ -43,10 +43,13 @@ from optimer_engine.methods.protocol import (
 )
 from optimer_engine.methods.registry import register
 from optimer_engine.methods.threshold import NOTHING, Cut, Keys, cuts
-from optimer_engine.methods.tiles import CODE, Norms, blocks, inputs
+from optimer_engine.methods.tiles import CODE, Norms, blocks, inputs, kernels_for
 from optimer_engine.tensor_recipe import Settings, TensorRecipe
 
 _CODES = {"none": NO_CONSENSUS, "sum": SUM, "count": COUNT}
+
+_GPU_SCRATCH_BYTES = 16 << 20
+"""Of a tile's histograms, which are counted in copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Sum:
 
     def merge(self, tile: Tile, out: np.ndarray) -> bool:
         """Write a tile; True if anything is not finite."""
-        return sparse.merge(
+        return kernels_for(tile).merge(  # type: ignore[no-any-return]
             inputs(tile), self.masks, self.multipliers, self.votes, self.divisors, self.consensus,
             self.scale, self.zero_is_positive, out, CODE[tile.recipe.dtype],
         )  # fmt: skip
@@ -86,6 +89,7 @@ class _Sparse(Method):
     mask: Literal["top", "outliers", "random", "rank"] = "top"
 
     skips_zero = True
+    on_gpu = True
 
     @property
     def by_rank(self) -> bool:
@@ -129,6 +133,10 @@ class _Sparse(Method):
         return Memory(
             sums + cut_count * parts * 8, max(n * HIGH, cut_count * LOW) * 8 if cut_count else 0
         )
+
+    def gpu_bytes(self, recipe: TensorRecipe, elems: int) -> int:
+        """Histograms; when ranking, what a sort takes, and what is kept of every source."""
+        return elems * (40 + 8 * len(recipe.sources)) if self.by_rank else _GPU_SCRATCH_BYTES
 
     def statistics(self, recipe: TensorRecipe) -> Statistics:
         """Thresholds where the mask has one, norms where they rescale."""
@@ -211,6 +219,12 @@ class _Sparse(Method):
 
 class _Sce(Method):
     """Select elements by variance, calculate weights by energy, erase minority signs."""
+
+    on_gpu = True
+
+    def gpu_bytes(self, recipe: TensorRecipe, elems: int) -> int:
+        """Histograms."""
+        return _GPU_SCRATCH_BYTES
 
     def memory(self, recipe: TensorRecipe) -> Memory:
         """A histogram, counts and sums per granule."""

@@ -18,7 +18,7 @@ import numpy as np
 from optimer_engine.kernels import sparse
 from optimer_engine.kernels.reference_methods import HIGH, KEEP, LOW, MAGNITUDE
 from optimer_engine.methods.protocol import Tile
-from optimer_engine.methods.tiles import blocks, inputs
+from optimer_engine.methods.tiles import blocks, inputs, kernels_for
 from optimer_engine.tensor_recipe import TensorRecipe
 
 
@@ -77,7 +77,8 @@ class _Count:
 
     def map(self, tile: Tile, accumulator: np.ndarray) -> None:
         """Count the tile; granules have their own places."""
-        sparse.count(inputs(tile), self.masks, self.stage, self.wanted, accumulator, self.equal)
+        given = inputs(tile)
+        kernels_for(tile).count(given, self.masks, self.stage, self.wanted, accumulator, self.equal)
 
     def finish(self, accumulators: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Totals of bins, and counts of each granule."""

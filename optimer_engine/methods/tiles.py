@@ -41,6 +41,16 @@ def inputs(tile: Tile) -> sparse.Inputs:
     )
 
 
+def kernels_for(tile: Tile) -> Any:
+    """`kernels.sparse`, or its like for tiles in a GPU's memory."""
+    assert tile.base is not None
+    if isinstance(tile.base.data, np.ndarray):
+        return sparse
+    from optimer_engine.kernels import gpu_sparse
+
+    return gpu_sparse
+
+
 def operands(tile: Tile, from_base: bool, base_is_source: bool = False) -> span.Operands:
     """A tile for the kernels of sums within the span of the inputs; see `span.Operands`."""
     sources = tile.sources
@@ -71,7 +81,12 @@ def merge_fold(tile: Tile, fold: Fold, out: np.ndarray) -> bool:
     kept = [(source, weight) for source, weight in sources if weight != 0]
     if fold.scale != 1:
         kept.append((Operand(anchor.data, anchor.dtype, True), fold.scale - 1))
-    return cpu.linear(
+    linear: Any = cpu.linear
+    if not isinstance(anchor.data, np.ndarray):
+        from optimer_engine.kernels import gpu
+
+        linear = gpu.linear
+    return linear(  # type: ignore[no-any-return]
         anchor.data,
         CODE[anchor.dtype],
         [source.data for source, _ in kept],
@@ -100,7 +115,7 @@ class Norms:
 
     def map(self, tile: Tile, accumulator: Any) -> None:
         """Measure the tile's blocks."""
-        sparse.norms(inputs(tile), self.masks, self.block_elems, self.sums)
+        kernels_for(tile).norms(inputs(tile), self.masks, self.block_elems, self.sums)
 
     def finish(self, accumulators: list[Any]) -> np.ndarray:
         """The totals."""

@@ -119,6 +119,9 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         block_length: tokens per block of a corpus; by default the model's context, at most 1024.
         batch_size: blocks or requests evaluated at once.
         dtype, device: of the live model that trials are merged into.
+        resident_mem: GPU memory, such as 60GB, in which base and vectors stay from trial to trial;
+            trials are then merged on the model's GPU, where that pays. Leave room for model and
+            evaluation.
         out_dtype: of the winner on disk; by default that of the base.
         engine: what runs lm-eval tasks: the live model, or vLLM reloading each merge.
         allow_task_code: allow lm-eval task files that import Python code (``!function``).
@@ -143,6 +146,7 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     batch_size: int = 16
     dtype: str = "float32"
     device: str = "cpu"
+    resident_mem: str | None = None
     out_dtype: str | None = None
     engine: Literal["hf", "vllm"] = "hf"
     allow_task_code: bool = False
@@ -166,6 +170,8 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
             raise RecipeError("give either heldout or heldout_share")
         if not 0.0 < self.first_share <= 1.0:
             raise RecipeError(f"first_share must lie in (0, 1], got {self.first_share}")
+        if self.resident_mem is not None and not self.device.startswith("cuda"):
+            raise RecipeError(f"resident_mem is of a GPU, the device is {self.device}")
         if self.objective and not any(t.weight for t in self.objective):
             raise RecipeError("every term has weight 0: nothing is left to search for")
         if self.aggregate == "pareto" and len([t for t in self.objective if t.weight]) < 2:

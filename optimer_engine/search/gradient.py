@@ -101,6 +101,7 @@ class _Product(LiveModelSink):
     """The inner product of what is merged with the model's gradient, tile by tile."""
 
     value = 0.0
+    on_gpu = False
 
     def open(self, plan: Plan) -> None:
         super().open(plan)

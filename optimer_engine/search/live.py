@@ -40,7 +40,14 @@ class LivePool:
 
         self._config = config
         self._dtype = DType.parse(config.dtype).torch_name
-        self._plan = plan(self.recipe({v.name: 0.0 for v in config.vectors}))
+        zero = self.recipe({v.name: 0.0 for v in config.vectors})
+        # Sending every input to a GPU for each trial would take longer than sending the merge.
+        gpu = config.device if ":" in config.device else "cuda:0"
+        self._plan = plan(
+            zero,
+            device=gpu if config.resident_mem else "cpu",
+            resident_mem=config.resident_mem or 0,
+        )
         base = str(self._plan.base.folder)
         own = None if objective is None else Measures([objective])
         self._objective = own or make_objective(config, config.objective, base)

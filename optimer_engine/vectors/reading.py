@@ -143,6 +143,28 @@ class ExactTensor:
             _refuse(self.packed.checkpoint, self.stream, self.name, f"block {number} is damaged")
         return out.view(self.dtype.storage)
 
+    def chunks(self, start: int, stop: int, buffer: np.ndarray) -> tuple[int, np.ndarray] | None:
+        """Elements start..stop as they are packed, for a GPU to unpack.
+
+        Args:
+            buffer: uint8, aligned to 8 bytes; holds the result.
+
+        Returns:
+            (bytes of the stream, these bytes and behind them the index as int64: where each chunk
+            begins and the last ends); None where a chunk is cut or the buffer is too small.
+        """
+        first, cut = divmod(start, CHUNK)
+        if cut or (stop % CHUNK and stop != self.elems):
+            return None
+        ends = self.index[first : -(-stop // CHUNK) + 1]
+        nbytes = int(ends[-1] - ends[0])
+        if nbytes + ends.nbytes > len(buffer):
+            return None
+        begin = self.stream.offset + int(ends[0])
+        self.packed.checkpoint.read_into(self.stream.file, begin, buffer[:nbytes].data)
+        buffer[nbytes : nbytes + ends.nbytes] = ends.view(np.uint8)
+        return nbytes, buffer[: nbytes + ends.nbytes]
+
     def _checked(self, base: np.ndarray | None, count: int) -> np.ndarray:
         wanted = count * self.base_dtype.itemsize
         if base is None or base.nbytes != wanted or not base.flags.c_contiguous:
@@ -184,17 +206,37 @@ class QuantisedTensor:
         if not count:
             return out
         first, last = start // GROUP, -(-stop // GROUP)
-        group_bytes = GROUP * self.bits // 8
-        scale_bytes, q_bytes = 2 * (last - first), group_bytes * (last - first)
-        scratch = self.packed.scratch(scale_bytes + q_bytes)
-        scales, q = scratch[:scale_bytes], scratch[scale_bytes : scale_bytes + q_bytes]
-        read = self.packed.checkpoint.read_into
-        read(self.scale.file, self.scale.offset + 2 * first, scales.data)
-        read(self.q.file, self.q.offset + group_bytes * first, q.data)
+        scratch = self.packed.scratch((GROUP * self.bits // 8 + 2) * (last - first))
+        q, scales = self._load(first, last, scratch)
         dequantise(self.bits)(
             q.ctypes.data, scales.ctypes.data, start - first * GROUP, count, out.ctypes.data
         )
         return out
+
+    def groups(self, start: int, stop: int, buffer: np.ndarray) -> tuple[int, np.ndarray] | None:
+        """Elements start..stop as they are packed, for a GPU to decode.
+
+        Args:
+            buffer: uint8; holds the result.
+
+        Returns:
+            (bytes of the numbers, these bytes and behind them the bf16 scales); None where a group
+            is cut at the start.
+        """
+        first, cut = divmod(start, GROUP)
+        if cut:
+            return None
+        q, scales = self._load(first, -(-stop // GROUP), buffer)
+        return q.size, buffer[: q.size + scales.size]
+
+    def _load(self, first: int, last: int, buffer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and scales of groups first..last, as bytes one behind the other."""
+        group_bytes, count = GROUP * self.bits // 8, last - first
+        q, scales = np.split(buffer[: (group_bytes + 2) * count], [group_bytes * count])
+        read = self.packed.checkpoint.read_into
+        read(self.q.file, self.q.offset + group_bytes * first, q.data)
+        read(self.scale.file, self.scale.offset + 2 * first, scales.data)
+        return q, scales
 
     def scratch_bytes(self, elems: int) -> int:
         """The packed bytes of so many elements, and of the groups cut at both ends."""

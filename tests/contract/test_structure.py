@@ -21,9 +21,10 @@ ORDER = [
     "redaction", "errors", "durable", "types", "tensor_recipe", "strict_yaml", "recipe",
     "safetensors_format", "model_folder", "checkpoint", "network", "snapshot", "hub", "remote",
     "downloads", "report", "journal", "events", "progress",
-    "methods", "operands", "resized", "quantized", "adapter", "vectors", "runs", "mergekit",
+    "methods", "operands", "resized", "quantized", "adapter", "vectors", "runs",
+    "ops", "gpu_tiles", "device", "cuda", "mergekit",
     "alignment", "layout", "lowering", "plans", "planner", "explain",
-    "ops", "device", "cuda", "sink", "kept", "shard_file", "work_folder", "folder_sink",
+    "sink", "kept", "shard_file", "work_folder", "folder_sink",
     "execution", "engine", "iteration", "spread", "verify", "convert", "packing", "inspection",
     "lock", "pool", "search", "train", "demo", "cli",
 ]  # fmt: skip
@@ -31,7 +32,7 @@ ORDER = [
 STEPS_BACK = {("plans", "engine"), ("plans", "iteration")}
 # Whatever computes tiles may call kernels.
 CALL_KERNELS = {"ops", "methods", "vectors", "packing", "inspection"}
-WITHOUT_TORCH = ORDER[: ORDER.index("ops") + 1]
+WITHOUT_TORCH = ORDER[: ORDER.index("explain") + 1]
 HEAVY = {"torch", "transformers", "datasets", "smac", "lm_eval", "matplotlib", "huggingface_hub",
          "peft", "accelerate", "numba", "scipy", "pandas", "optuna", "vllm", "distributed",
          "tokenizers"}  # fmt: skip

@@ -25,7 +25,7 @@ from benchmarks.kernels_aot import DIVIDES, RESULTS, Code, measure, table
 from benchmarks.machine_code import TARGETS, compiled
 from optimer_engine.device import Devices
 from optimer_engine.kernels import gpu
-from tests.unit.test_device import FakeGpu
+from tests.unit.gpus import FakeGpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,6 +162,23 @@ def test_speeds_are_bytes_over_the_median_and_set_beside_the_copy():
     assert [(s.gb_per_s, s.of_ceiling) for s in found] == [(0.5, pytest.approx(0.5))]
     text = gpu_kernels.table(found, ceiling)
     assert "| linear | bf16 | 1 | 1 MiB | 2.000 ms (1.000–4.000) | 0 | 50% |" in text
+
+
+def test_what_was_promised_is_compared_with_what_was_reached():
+    def speed(kernel, dtypes, base_mib, share):
+        moved = 6 * base_mib << 20
+        return gpu_kernels.Speed(kernel, dtypes, 4, moved, [1.0], 1.0, share)
+
+    found = [
+        speed("linear", "bf16", 64, 0.93),
+        speed("linear", "bf16", 1024, 0.91),
+        speed("linear", "bf16", 1, 0.2),
+        speed("linear", "fp32", 64, 0.1),
+        speed("batch", "bf16", 64, 0.8),
+    ]
+    made = gpu_kernels.targets(found, 0.86)
+    assert [(t.reached, t.met) for t in made] == [(0.91, True), (0.8, False), (0.86, True)]
+    assert made[1].text() == "batch, bf16, 4 sources: 80% of the ceiling, 85% promised: MISSED"
 
 
 @pytest.mark.parametrize("name", ["torch, eager", "torch._foreach", "mergekit's arithmetic"])

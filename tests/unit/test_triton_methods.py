@@ -140,9 +140,12 @@ def test_norms_agree_with_the_cpu_s():
 
 def test_masks_without_a_gpu_kernel_are_refused():
     inputs = on_gpu(tile(64, [0]))
-    with pytest.raises(ValueError, match="by rank"):
-        gpu_sparse.count(inputs, masks([[rm.RANK]]), 0, np.zeros((1, 2)), None, None)
-    with pytest.raises(ValueError, match="granule's start"):
+    importance = masks([[rm.KEEP]], measure=rm.IMPORTANCE)
+    with pytest.raises(ValueError, match="by importance"):
+        gpu_sparse.count(inputs, importance, 0, np.zeros((1, 2)), None, None)
+    with pytest.raises(ValueError, match="stand alone"):
+        gpu_sparse.norms(inputs, masks([[rm.RANK], CHANCE]), 64, None)
+    with pytest.raises(ValueError, match="a multiple of 65536 expected"):
         gpu_sparse.norms(replace(inputs, start=64), masks([[rm.KEEP]]), rm.GRANULE, None)
 
 
@@ -166,6 +169,8 @@ class OnGpu:
         ("ties", {}, (0.2, 0.3)),
         ("dare_ties", {"compat": "mergekit"}, (0.5, 0.3)),
         ("breadcrumbs_ties", {}, (0.6, 0.3)),
+        ("della_linear", {}, (0.6, 0.3)),
+        ("della", {"epsilon": 0.3}, (0.5, 1.0)),
         ("sce", {"select_topk": 0.3}, None),
     ],
 )
@@ -281,3 +286,27 @@ def test_exact_vectors_are_unpacked_to_the_bit(code, base_code, elems):
             damaged[place] = value
             assert unpack(as_torch(damaged), *arguments), place
         assert unpack(as_torch(data[:-8].copy()), *arguments) if len(data) > 8 else True
+
+
+@pytest.mark.parametrize(("codes", "base_code"), [([0, 0], 0), ([2, 0], 0), ([3], 0), ([4, 5], 4)])
+@pytest.mark.parametrize("row", [1, 33, 700])
+def test_masks_by_rank_are_the_cpu_s_to_the_bit(codes, base_code, row):
+    """Few magnitudes, so that most ranks are settled by index; rows begin anywhere."""
+    inputs = tile(3 * row, codes, base_code, start=7 * row, seed=row)
+    for rescale in (1, 0):
+        rows = masks([[rm.RANK, *[0] * 6, rescale]] * len(codes))
+        given = replace(rows, chances=np.array([[0.3, 0.4]] * len(codes)), row=row)
+        terms = given, [0.5, -0.7][: len(codes)], [1.0] * len(codes), None, rm.SUM, 1.0, False
+        want, got = (np.zeros(3 * row, reference.STORAGE[base_code]) for _ in range(2))
+        assert not sparse.merge(inputs, *terms, want, base_code)
+        assert not gpu_sparse.merge(on_gpu(inputs), *terms, as_torch(got), base_code)
+        assert_same(got, want, base_code)
+        sums = [np.zeros((10, len(codes), 3)) for _ in range(2)]
+        sparse.norms(inputs, given, row, sums[0])
+        gpu_sparse.norms(on_gpu(inputs), given, row, sums[1])
+        assert np.allclose(sums[0], sums[1], rtol=1e-13)
+        assert not sums[0][:7].any()
+    everything = masks([[rm.KEEP]] * len(codes)), *terms[1:]
+    assert not sparse.merge(inputs, *everything, want, base_code)
+    assert not gpu_sparse.merge(on_gpu(inputs), *everything, as_torch(got), base_code)
+    assert_same(got, want, base_code)
