@@ -23,6 +23,7 @@ elements = interpreted("triton_elements")
 
 COUNTS = (1, 2, 5, 9, 32)
 ELEMS = 2049
+"""A whole block of most kernels, and one more."""
 BF16, F16, F32 = 0, 1, 2
 EVERYWHERE, NOTHING = 1 << 40, (0xFFFFFFFE, -1, 0)
 
@@ -61,7 +62,7 @@ def weights_of(count):
 
 def assert_near(out, want, size, code=BF16):
     """Off by a rounding of the result, and by what fp32 loses of terms of this total size."""
-    step = {BF16: 2.0**-8, F32: 2.0**-23}[code]
+    step = {BF16: 2.0**-7, F32: 2.0**-23}[code]
     fine = np.isfinite(want)
     error = np.abs(numbers(out, code) - want)[fine]
     assert np.all(error <= (step / 2 * 1.01 * np.abs(want) + 2.0**-22 * size)[fine])
@@ -143,8 +144,15 @@ def kept(kind, delta, given, i):
     return np.where(words < chances * 2**32, delta / chances, 0)
 
 
-@pytest.mark.parametrize("kind", [rm.CUT, rm.CHANCE, rm.RANK], ids=["cut", "chance", "rank"])
-@pytest.mark.parametrize("count", COUNTS)
+QUICK = {(1, rm.CUT), (2, rm.RANK), (5, rm.CHANCE), (5, rm.RANK), (9, rm.CUT), (32, rm.CUT)}
+SPARSE = [
+    pytest.param(count, kind, marks=[] if (count, kind) in QUICK else pytest.mark.slow)
+    for count in COUNTS
+    for kind in (rm.CUT, rm.CHANCE, rm.RANK)
+]
+
+
+@pytest.mark.parametrize(("count", "kind"), SPARSE)
 def test_sparse_merges_and_norms(count, kind):
     base, *sources = operands(count)
     given, weights = masks(kind, count), weights_of(count)
@@ -156,7 +164,7 @@ def test_sparse_merges_and_norms(count, kind):
     left = [kept(kind, d, given, i) for i, d in enumerate(deltas(base, sources))]
     terms = [w * d for w, d in zip(weights, left, strict=True)]
     size = sum(map(np.abs, terms)) + np.abs(numbers(base))
-    for consensus in (rm.NO_CONSENSUS, rm.SUM):
+    for consensus in (rm.SUM,) if count > 2 else (rm.NO_CONSENSUS, rm.SUM):
         total = sum(terms)
         if consensus == rm.SUM:
             plus = total > 0
@@ -225,8 +233,10 @@ def test_counts(count):
                 assert list(equal[i]) == [0, 0, np.count_nonzero(key == chosen[i]), 0]
 
 
-@pytest.mark.parametrize("spoiled", [False, True])
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(
+    ("count", "spoiled"),
+    [(1, False), (2, True), (5, False), (9, True), pytest.param(32, True, marks=pytest.mark.slow)],
+)
 def test_moments(count, spoiled):
     base, *sources = operands(count, spoiled=spoiled)
     found = moments.moments(
