@@ -15,12 +15,16 @@ import triton
 import triton.language as tl
 
 from .triton_elements import load_where, raise_where, total_of
-from .triton_launch import NUM_WARPS, OPTIONS, on_device
+from .triton_launch import NUM_WARPS, OPTIONS, on_device, warp_threads
 from .triton_sparse import delta_of, magnitude, philox
 
 _INFINITY = tl.constexpr(0x7F800000)
-BLOCK = 4 * NUM_WARPS * 32
-"""Elements of a program: four a thread, as probabilities are fp64."""
+HELD = 8
+"""Elements of a thread: 128 bits of bf16. More would spill, as probabilities are fp64."""
+
+
+ROW_BLOCK = 4 * NUM_WARPS * 32
+"""Elements of a row that are summed at a time, on every GPU: it is a part of the order."""
 
 
 @triton.jit
@@ -135,14 +139,14 @@ def keep_by_rank(
         low, span: as in `reference_methods.rank_probabilities`.
     """
     chances = [low, span / (row - 1)] if row > 1 else [low + span / 2, 0.0]
-    device, elems = ranks.device, len(ranks)
+    device, elems, block = ranks.device, len(ranks), HELD * NUM_WARPS * warp_threads()
     out = torch.empty(elems, dtype=torch.float64 if wide else torch.float32, device=device)
     if elems:
         with on_device(ranks):
-            rank_kernel[(triton.cdiv(elems, BLOCK),)](
+            rank_kernel[(triton.cdiv(elems, block),)](
                 base, source, ranks, torch.tensor(stream).to(device),
                 torch.tensor(chances, dtype=torch.float64).to(device), out, flag, int(model),
-                first, elems, CODES=codes, WIDE=wide, RESCALE=rescale, BLOCK=BLOCK, **OPTIONS,
+                first, elems, CODES=codes, WIDE=wide, RESCALE=rescale, BLOCK=block, **OPTIONS,
             )  # fmt: skip
     return out
 
@@ -157,7 +161,7 @@ def row_norms(
     if rows:
         with on_device(masked):
             row_norms_kernel[(rows,)](
-                base, source, masked, sums, int(model), row, CODES=codes, WIDE=wide, BLOCK=BLOCK,
-                **OPTIONS,
+                base, source, masked, sums, int(model), row, CODES=codes, WIDE=wide,
+                BLOCK=ROW_BLOCK, **OPTIONS,
             )  # fmt: skip
     return sums
