@@ -119,6 +119,21 @@ def test_what_is_resident_is_not_read_again(pool, tmp_path):
     assert_is_the_merge(pool, tmp_path / "second", tmp_path)
 
 
+def test_another_stream_finds_a_resident_tile_whole(pool):
+    run, *_ = plan(pool).runs()
+    part, shared = (run, 0, run.elems), Devices([FakeGpu()], resident_bytes=1 << 20)
+    found = []
+    for devices in (shared, Devices([FakeGpu()])):
+        (first,), (second,) = devices.lanes(2, 4, 8 * run.elems)
+        first.merge(*part, None, None)  # and nobody waits for it
+        merged = np.zeros(run.elems, np.uint16)
+        second.fetch(second.merge(*part, None, None), merged)
+        second.wait(*part)
+        found.append(merged)
+    assert found[0].any()
+    assert np.array_equal(*found)
+
+
 def test_what_does_not_fit_streams_as_before(pool, tmp_path):
     devices = Devices([FakeGpu()], resident_bytes=9000)
     made = on_gpus(plan(pool), devices)
