@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -37,18 +37,68 @@ _REFUSED = {
 }
 
 
+class Matrix:
+    """A factor in a checkpoint's file, read where it is indexed: never as a whole, never mapped.
+
+    A mapped file that is cut meanwhile ends the process; one that is read is an error.
+
+    Args:
+        info: the stored matrix; `transposed` says that it is used the other way round.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, info: TensorInfo, transposed: bool = False) -> None:
+        self._checkpoint, self._info, self._transposed = checkpoint, info, transposed
+        self.itemsize = info.dtype.storage.itemsize
+        rows, columns = info.shape
+        self.shape = (columns, rows) if transposed else (rows, columns)
+        checkpoint.bring(info.file)
+
+    @property
+    def T(self) -> Matrix:
+        """The same, the other way round."""
+        return Matrix(self._checkpoint, self._info, not self._transposed)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Rows of it, in the storage dtype."""
+        low, high, _ = rows.indices(self.shape[0])
+        if not self._transposed:
+            return self._read(low * self.shape[1], (high - low) * self.shape[1]).reshape(
+                high - low, self.shape[1]
+            )
+        if (low, high) == (0, self.shape[0]):
+            return self._read(0, self.shape[0] * self.shape[1]).reshape(self._info.shape).T
+        pieces = [self._read(row * self.shape[0] + low, high - low) for row in range(self.shape[1])]
+        return np.stack(pieces, axis=1)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All of it."""
+        return np.asarray(self[:], dtype)
+
+    def _read(self, start: int, elems: int) -> np.ndarray:
+        info, buffer = self._info, np.empty(elems * self.itemsize, np.uint8)
+        self._checkpoint.read_into(info.file, info.offset + start * self.itemsize, buffer.data)
+        return buffer.view(info.dtype.storage)
+
+
+def matrix(checkpoint: Checkpoint, info: TensorInfo) -> Matrix | np.ndarray:
+    """A stored matrix, by the checkpoint's backend."""
+    return checkpoint.view(info.name) if checkpoint.backend == "mmap" else Matrix(checkpoint, info)
+
+
 class LowRank:
     """An operand: scale * (left @ right), rows of `left` against columns of `right`.
 
     Args:
-        left: stored factor [rows, r] of `left_dtype`; a transposed view where PEFT has it so.
+        left: stored factor [rows, r] of `left_dtype`; transposed where PEFT has it so.
         right: the other factor, [r, columns].
     """
 
     dtype, is_delta = DType.F32, True
-    reads = ()  # factors are mapped when they are opened
+    reads = ()  # factors are here when they are opened
 
-    def __init__(self, left: np.ndarray, left_dtype: DType, right: Factor, scale: float) -> None:
+    def __init__(
+        self, left: Matrix | np.ndarray, left_dtype: DType, right: Factor, scale: float
+    ) -> None:
         self.left, self.left_dtype, self.right, self.scale = left, left_dtype, right, scale
         self.shape = (left.shape[0], right.stored.shape[1])
         self.elems = self.shape[0] * self.shape[1]
@@ -72,8 +122,9 @@ class LowRank:
         return out
 
     def scratch_bytes(self, elems: int) -> int:
-        """The right factor in fp32 and two blocks of the product."""
-        return 4 * self.shape[1] * (self.left.shape[1] + 2 * BLOCK_ROWS)
+        """The right factor, stored and in fp32, and two blocks of the product."""
+        rank = self.left.shape[1]
+        return self.shape[1] * ((4 + self.right.stored.itemsize) * rank + 8 * BLOCK_ROWS)
 
 
 class Adapted:
@@ -104,7 +155,7 @@ class Adapted:
 class Factor:
     """A factor upcast to fp32 once, while the tiles of its tensor come; one per adapter is kept."""
 
-    def __init__(self, stored: np.ndarray, dtype: DType, kept: RecentFactors) -> None:
+    def __init__(self, stored: Matrix | np.ndarray, dtype: DType, kept: RecentFactors) -> None:
         self.stored, self.dtype, self.kept = stored, dtype, kept
 
     def values(self) -> np.ndarray:
@@ -125,7 +176,7 @@ class RecentFactors:
             for known, values in self.recent:
                 if known is factor:
                     return values
-            values = np.ascontiguousarray(as_float(factor.stored, factor.dtype))
+            values = np.ascontiguousarray(as_float(np.asarray(factor.stored), factor.dtype))
             self.recent = [*self.recent[-1:], (factor, values)]
             return values
 
@@ -189,23 +240,49 @@ def _low_rank(
             todo=_MERGE_FIRST,
         )
     rank = a.shape[0]
-    alpha = float(_by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8)))
-    expected = int(_by_pattern(config, "rank_pattern", module, config.get("r", rank)))
+    alpha = _number(adapter, "alpha_pattern", module, "lora_alpha", 8)
+    expected = _number(adapter, "rank_pattern", module, "r", rank)
     if rank != expected or not rank:
         raise CheckpointError(
-            f"{quoted(module)} has rank {rank}, adapter_config.json says {expected}",
+            f"{quoted(module)} has rank {rank}, adapter_config.json says {expected:g}",
             where=str(adapter.folder),
         )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    view_a, view_b = adapter.view(a.name), adapter.view(b.name)
+    view_a, view_b = matrix(adapter, a), matrix(adapter, b)
     if is_embedding or config.get("fan_in_fan_out"):  # the weight is stored as [in, out]
         return LowRank(view_a.T, a.dtype, Factor(view_b.T, b.dtype, kept), scale)
     return LowRank(view_b, b.dtype, Factor(view_a, a.dtype, kept), scale)
 
 
-def _by_pattern(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that is the module's name or a dotted end of it."""
-    for pattern, value in (config.get(key) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
+_ENDLESS = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
+"""In a pattern: a group that is repeated, or so many repeats that matching may take for ever."""
+
+
+def _number(adapter: Checkpoint, patterns: str, module: str, key: str, default: int) -> float:
+    """PEFT's rule: of the first pattern that is the module's name or a dotted end of it, or `key`.
+
+    Raises:
+        CheckpointError: it is no finite number, or a pattern is none.
+    """
+
+    def refuse(name: str, what: str) -> NoReturn:
+        where = f"{adapter.folder}/adapter_config.json: {name}"
+        raise CheckpointError(what, where=where, todo=_MERGE_FIRST)
+
+    found = adapter.config.get(key, default)
+    known = adapter.config.get(patterns) or {}
+    if not isinstance(known, dict):
+        refuse(patterns, "is not a map from names to numbers")
+    for pattern, value in known.items():
+        if _ENDLESS.search(pattern):
+            refuse(patterns, f"{quoted(pattern)[:80]!r} is too involved to be matched")
+        try:
+            fits = re.fullmatch(rf"(.*\.)?({pattern})", module)
+        except (re.error, RecursionError, OverflowError) as error:
+            refuse(patterns, f"{quoted(pattern)[:80]!r} is no pattern: {error}")
+        if fits:
+            found = value
+            break
+    if type(found) not in (int, float) or not math.isfinite(found):
+        refuse(key, f"is {quoted(found)[:80]!r}, a number expected")
+    return float(found)

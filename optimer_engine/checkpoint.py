@@ -119,6 +119,12 @@ class Checkpoint:
             if kind == MODEL:
                 checkpoint._noted += check_config(folder, checkpoint.config, checkpoint.tensors)
             checkpoint._set_scales_apart()
+            odd = [name for name in checkpoint.tensors if quoted(name) != name]
+            if odd:
+                checkpoint._noted.append(
+                    f"{folder}: {len(odd)} tensor names hold characters that are not plain, such as"
+                    f" {quoted(odd[0])[:80]!r}"
+                )
         except BaseException:
             checkpoint.close()
             raise
@@ -332,6 +338,16 @@ class Checkpoint:
             self._maps[file] = mmap.mmap(self.files[file].fd, 0, prot=mmap.PROT_READ)
             self._maps[file].madvise(mmap.MADV_SEQUENTIAL)
         return self._maps[file]
+
+    def here(self, file: int) -> bool:
+        """Whether file number `file` lies on this machine."""
+        return True
+
+    def bring(self, file: int) -> None:
+        """Have file number `file` on this machine; it is."""
+
+    def check_hashes(self) -> None:
+        """Nobody published hashes of a folder's files; see `remote.HubCheckpoint`."""
 
     def check_unchanged(self) -> None:
         """Compare every open file with what it was when opened.

@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from optimer_engine import durable
-from optimer_engine.checkpoint import COMPANIONS
+from optimer_engine.companions import companions, read, without_secrets
 from optimer_engine.errors import CheckpointError, OutputError, quoted
 from optimer_engine.folder_sink import NUMERICS_VERSION
 from optimer_engine.journal import hash_range
@@ -93,6 +93,8 @@ def _convert(folder: Path, pickles: list[Path], names: dict[str, str], work: Wor
         versions=versions("torch"),
     )  # fmt: skip
     weight_map: dict[str, str] = {}
+    found = companions(folder, "adapter_config.json")
+    small = {path.name: without_secrets(read(path)) for path in found}
     for path in pickles:
         made = work.path / names[path.name]
         durable.remove(made)
@@ -115,7 +117,6 @@ def _convert(folder: Path, pickles: list[Path], names: dict[str, str], work: Wor
         weight_map.update(dict.fromkeys(tensors, made.name))
         report.bytes_written += size
     report.tensors = len(weight_map)
-    small = _companions(folder)
     if len(pickles) > 1:
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         small["model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
@@ -124,13 +125,6 @@ def _convert(folder: Path, pickles: list[Path], names: dict[str, str], work: Wor
         report.files[name] = [(0, len(content), xxhash.xxh3_128_hexdigest(content))]
     work.publish(report)
     return report
-
-
-def _companions(folder: Path) -> dict[str, bytes]:
-    found = {
-        path for pattern in (*COMPANIONS, "adapter_config.json") for path in folder.glob(pattern)
-    }
-    return {path.name: path.read_bytes() for path in sorted(found) if path.is_file()}
 
 
 def _find(folder: Path) -> list[Path]:

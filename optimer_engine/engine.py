@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimer_engine import ops
-from optimer_engine.errors import MemoryLimitError
+from optimer_engine.errors import MemoryLimitError, MismatchError, NonFiniteError
 from optimer_engine.events import Callback, Finished, Started
 from optimer_engine.execution import Execution
 from optimer_engine.folder_sink import FolderSink
@@ -130,6 +130,8 @@ def run(
     made, lanes = _with_lanes(made)
     execution = Execution(made, sink, callbacks, ops.linear_kernel(impl), lanes)
     try:
+        for checkpoint in made.read_checkpoints.values():
+            checkpoint.check_hashes()
         sink.open(made)
         execution.emit(Started(made.out_bytes))
         with execution.begin():
@@ -140,6 +142,9 @@ def run(
         sink.commit(report)
     except BaseException as error:
         sink.abort(error)
+        if isinstance(error, MismatchError | NonFiniteError):
+            for checkpoint in made.read_checkpoints.values():
+                checkpoint.check_unchanged()  # then that is why
         raise
     execution.emit(Finished(report))
     return report

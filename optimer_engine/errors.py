@@ -79,6 +79,11 @@ class BusyError(OutputError):
     exit_code = 4
 
 
+def is_text(name: str) -> bool:
+    """Whether a path can be written down: bytes that are no UTF-8 cannot, nor can a NUL."""
+    return not any("\ud800" <= char <= "\udfff" or char == "\0" for char in name)
+
+
 def quoted(text: object) -> str:
     """`text` with control, bidirectional and non-ASCII characters escaped, safe to print."""
     return ascii(str(text))[1:-1]

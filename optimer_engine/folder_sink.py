@@ -19,11 +19,11 @@ import numpy as np
 import xxhash
 
 from optimer_engine import durable
-from optimer_engine.checkpoint import COMPANIONS, MODEL
+from optimer_engine.checkpoint import MODEL
+from optimer_engine.companions import companions, read, without_secrets
 from optimer_engine.errors import CheckpointError, OptimerError, OutputError, RecipeError
 from optimer_engine.plans import Plan
 from optimer_engine.recipe import fingerprint
-from optimer_engine.redaction import redacted
 from optimer_engine.report import Report
 from optimer_engine.runs import Run
 from optimer_engine.shard_file import SETTLE_BYTES, ShardFile
@@ -41,7 +41,6 @@ NUMERICS_VERSION = 1
 """Raised when the same recipe and sources would give other bytes."""
 
 MAX_UNSETTLED_BYTES = 512 << 20
-_WITHOUT_SECRETS = {"config.json", "generation_config.json", "tokenizer_config.json"}
 
 
 class FolderSink(Sink):
@@ -74,17 +73,18 @@ class FolderSink(Sink):
         self._plan = plan
         head = _head(plan)
         self._identity = _identity(head)
-        check_place(self.out, [c.folder for c in plan.checkpoints if c is not None])
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            self._finished = None if self.discard else finished(self.out, self._identity)
-            if self._finished is None:
-                raise RecipeError(
-                    "exists and is not an empty folder",
-                    where=str(self.out),
-                    todo="choose another output or remove it first",
-                )
-            return
         try:
+            self._companions()  # refused now, and not when all is merged
+            check_place(self.out, [c.folder for c in plan.checkpoints if c is not None])
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                self._finished = None if self.discard else finished(self.out, self._identity)
+                if self._finished is None:
+                    raise RecipeError(
+                        "exists and is not an empty folder",
+                        where=str(self.out),
+                        todo="choose another output or remove it first",
+                    )
+                return
             names = [plan.shards[number].name for number in plan.own_shards]
             self._work = WorkFolder(self.out, plan.part, names, head, self._identity, self.discard)
             self._finished = self._work.finished
@@ -219,18 +219,23 @@ class FolderSink(Sink):
         files: dict[str, bytes] = {}
         if len(plan.shards) > 1:
             files[f"{plan.kind}.safetensors.index.json"] = _index(plan)
+        files |= {path.name: read(path) for path in self._companions()}
         if plan.kind == MODEL:
-            found = {path for pattern in COMPANIONS for path in plan.base.folder.glob(pattern)}
-            for path in sorted(found):
-                if path.is_file() and path.name not in (*plan.omitted, *plan.files):
-                    files[path.name] = _read(path)
             files.update(plan.files)
-        for name in sorted(files.keys() & _WITHOUT_SECRETS):
-            clean = redacted(files[name].decode(errors="surrogateescape"))
-            if clean.encode(errors="surrogateescape") != files[name]:
-                files[name] = clean.encode(errors="surrogateescape")
+        for name, content in sorted(files.items()):
+            clean = without_secrets(content)
+            if clean != content:
+                files[name] = clean
                 report.warnings.append(f"{name} held what looks like a token, and *** replaced it")
         return files
+
+    def _companions(self) -> list[Path]:
+        """The base's data files that are copied."""
+        plan = self._plan
+        if plan.kind != MODEL:
+            return []
+        left_out = (*plan.omitted, *plan.files)
+        return [path for path in companions(plan.base.folder) if path.name not in left_out]
 
     def abort(self, error: BaseException) -> None:
         """Remove this run's files, unless the next run can continue from them.
@@ -279,17 +284,6 @@ def _bytes(run: Run, start: int, stop: int) -> tuple[int, int]:
     """Where elements start..stop lie in their file."""
     size = run.out.dtype.itemsize
     return run.out.offset + start * size, run.out.offset + stop * size
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot be read: {error.strerror}",
-            where=str(path),
-            todo="restore the file and run the same command again",
-        ) from error
 
 
 def _take_over(report: Report, other: Report) -> None:

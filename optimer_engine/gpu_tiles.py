@@ -226,7 +226,7 @@ class Loading:
         left = self._factor(operand.left[first:last], operand.left_dtype, dtype)
         known, right = self.lane.rights.get(place, (None, None))
         if known is not operand:
-            right = self._factor(operand.right.stored, operand.right.dtype, dtype)
+            right = self._factor(np.asarray(operand.right.stored), operand.right.dtype, dtype)
             self.lane.rights[place] = operand, right
         return Adapter(left, right, dtype, operand.scale)
 

@@ -111,7 +111,7 @@ def gather(found: Snapshot, *, weights: bool = True) -> Path:
         tqdm(desc=str(found), total=total_bytes, unit="B", unit_scale=True, delay=2.0) as bar,
         ThreadPoolExecutor(DOWNLOADS) as pool,
     ):
-        list(pool.map(lambda name: found.fetch(name, arrived=bar.update), absent))
+        list(pool.map(lambda n: found.checked(n) or found.fetch(n, arrived=bar.update), names))
     folder = found.cached(names[0])
     assert folder is not None
     return folder.parent

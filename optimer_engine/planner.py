@@ -34,9 +34,11 @@ from optimer_engine.plans import (
     placed,
     treatment_of,
 )
+from optimer_engine.quantized import refuse_packed
 from optimer_engine.recipe import Recipe, Source, decode, read_yaml
 from optimer_engine.remote import open_checkpoint
 from optimer_engine.runs import DIFFERENCE, Row, Treatment, anchored, fold
+from optimer_engine.suspicions import suspicions
 from optimer_engine.tensor_recipe import Settings
 from optimer_engine.types import DType, parse_bytes
 
@@ -194,9 +196,13 @@ def _plan_recipe(recipe: Recipe, every_source: bool, whole: bool, backend: Backe
         else None
         for source in recipe.sources
     )
+    for source, opened in zip(recipe.sources, sources, strict=True):
+        if opened is not None and opened.kind == MODEL:
+            refuse_packed(opened, source.model)
     names = [source.name for source in recipe.sources]
     out_dtype = DType.parse(recipe.out_dtype) if recipe.out_dtype else None
     rows, warnings = align(base, list(zip(names, sources, strict=True)), out_dtype, recipe.rows)
+    warnings += suspicions(base, list(zip(names, sources, strict=True)), out_dtype)
     unfolded = treatment_of(recipe)
     treatment = fold(unfolded)
     return Plan(
@@ -259,6 +265,8 @@ def _plan_mergekit(
         for number, model in enumerate(models)
         if model.lora is not None
     }
+    for model, found in zip(models, opened, strict=True):
+        refuse_packed(found, model.path)
     for number, adapter in adapters.items():
         if adapter.kind != ADAPTER:
             raise MismatchError(
@@ -343,4 +351,7 @@ def plan_difference(
 def _require_model(checkpoint: Checkpoint, name: str) -> None:
     what = {VECTOR: "a distribution vector", ADAPTER: "a LoRA adapter"}.get(checkpoint.kind)
     if what:
-        raise MismatchError(f"is {what}, not a model", where=name)
+        raise MismatchError(
+            f"is {what}, not a model", where=name, todo="name it among the sources of a base"
+        )
+    refuse_packed(checkpoint, name)

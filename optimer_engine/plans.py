@@ -15,7 +15,7 @@ import msgspec
 
 from optimer_engine import methods
 from optimer_engine.adapter import LowRank
-from optimer_engine.checkpoint import MODEL, Checkpoint
+from optimer_engine.checkpoint import ADAPTER, MODEL, Checkpoint
 from optimer_engine.downloads import memory_bytes
 from optimer_engine.errors import MemoryLimitError, RecipeError, quoted
 from optimer_engine.layout import Shard
@@ -113,8 +113,13 @@ class Plan:
             skips = treatment.skips_zero
             used |= {number for number, weight in read if weight != 0 or not skips}
             used |= set(treatment.checkpoints[:1]) - {-1}
-        opened = zip(self.names, self.checkpoints, strict=True)
-        return {n: c for i, (n, c) in enumerate(opened) if i in used and c is not None}
+        if not isinstance(self.recipe, Recipe):  # adapters that a mergekit file puts on its models
+            used |= {n for n, c in enumerate(self.checkpoints) if c and c.kind == ADAPTER}
+        found: dict[str, Checkpoint] = {}
+        for number, (name, opened) in enumerate(zip(self.names, self.checkpoints, strict=True)):
+            if number in used and opened is not None:  # a source may be called "base"
+                found[f"{name} ({number})" if name in found else name] = opened
+        return found
 
     @property
     def out_bytes(self) -> int:

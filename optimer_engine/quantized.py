@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from optimer_engine.checkpoint import VECTOR, Checkpoint
-from optimer_engine.errors import CheckpointError, quoted
+from optimer_engine.errors import CheckpointError, MismatchError, quoted
 from optimer_engine.operands import Operand, Stored, as_float
 from optimer_engine.types import DType, TensorInfo
 
@@ -78,6 +78,38 @@ def as_input(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo | Operand:
     return Dequantized(stored, values, block)
 
 
+_PACKED = (
+    ".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale_2",
+    "_blocks",
+)  # fmt: skip
+"""Ends of names under which GPTQ, AWQ, bitsandbytes, compressed-tensors, NVFP4 and MXFP4 store."""
+
+
+def refuse_packed(checkpoint: Checkpoint, name: str) -> None:
+    """Refuse a model whose weights are stored as codes of several numbers at once.
+
+    Args:
+        name: what the user calls it.
+
+    Raises:
+        MismatchError: naming such a tensor and the method of its config.json.
+    """
+    packed = [
+        tensor
+        for tensor, info in checkpoint.tensors.items()
+        if tensor.endswith(_PACKED) and not (tensor.endswith("_blocks") and info.dtype.mergeable)
+    ]
+    if packed:
+        config = checkpoint.config.get("quantization_config")
+        how = config.get("quant_method") if isinstance(config, dict) else None
+        raise MismatchError(
+            f"is quantised ({quoted(how or 'by a method it does not name')}): {quoted(packed[0])}"
+            f" and {len(packed) - 1} more tensors are codes, not numbers to add",
+            where=name,
+            todo="dequantise it first: load it and save it in bfloat16",
+        )
+
+
 def merged_dtype(checkpoint: Checkpoint, info: TensorInfo) -> DType:
     """The dtype in which a tensor is written by default: bf16 where its scale is left behind."""
     return DType.BF16 if info.name in checkpoint.scales else info.dtype
@@ -89,7 +121,7 @@ def _block(size: int, count: int, checkpoint: Checkpoint) -> int:
         return max(size, 1)
     quantization = checkpoint.config.get("quantization_config")
     said = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-    sizes = {int(n) for n in said} if isinstance(said, list) else set()
+    sizes = {n for n in said if type(n) is int and n > 0} if isinstance(said, list) else set()
     for block in sorted(sizes | {1, -(-size // max(count, 1))}, reverse=True):
         if block and -(-size // block) == count:
             return block

@@ -18,14 +18,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from optimer_engine.errors import RecipeError
+from optimer_engine.errors import RecipeError, is_text, quoted
 from optimer_engine.types import DType, parse_bytes
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -98,6 +100,17 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
                 where="recipe",
                 todo="give each source a name of its own",
             )
+        for model in (self.base, *(source.model for source in self.sources)):
+            if not model.strip():
+                raise RecipeError(
+                    "a model has an empty name", where="recipe", todo="name a folder or org/name"
+                )
+            if not is_text(model):
+                raise RecipeError(
+                    "is a path that no recipe or report can hold",
+                    where=quoted(model),
+                    todo="rename the folder, or link to it under a name in UTF-8",
+                )
         if self.out_dtype is not None:
             DType.parse(self.out_dtype)
         parse_bytes(self.max_shard_size)
@@ -168,19 +181,42 @@ def read_yaml(path: str | Path) -> Any:
     Raises:
         RecipeError: naming the file and line.
     """
-    path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise RecipeError(f"{size} bytes, at most {MAX_CONFIG_BYTES} expected", where=str(path))
-        text = path.read_text(encoding="utf-8")
+        raw = _read_some(path)
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise RecipeError(
+                f"more than {MAX_CONFIG_BYTES} bytes, which no recipe needs", where=str(path)
+            )
+        text = raw.decode("utf-8")
     except FileNotFoundError:
         raise RecipeError("no such file", where=str(path), todo="check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot be read: {error}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"not UTF-8 at byte {error.start}", where=str(path)) from None
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
+        what = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(f"cannot be read: {what}", where=str(path)) from error
     from optimer_engine.strict_yaml import parse
 
     return parse(text, str(path))
+
+
+def _read_some(path: str | Path) -> bytes:
+    """All of a file or a pipe (as the shell's `<(...)` makes), or more of it than is allowed."""
+    # O_NONBLOCK: a FIFO that nobody writes to is empty, and must not be waited for.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            raise RecipeError("is not a regular file", where=str(path), todo="check the path")
+        os.set_blocking(fd, True)
+        raw = b""
+        while len(raw) <= MAX_CONFIG_BYTES and (piece := os.read(fd, MAX_CONFIG_BYTES + 1)):
+            raw += piece
+        return raw
+    finally:
+        os.close(fd)
 
 
 def decode(data: object, type_: type[T], where: str) -> T:

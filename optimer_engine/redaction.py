@@ -3,7 +3,7 @@
 Tokens come from the environment or the Hub's login store and are needed nowhere else. They leak
 through text of others: a library's exception with a request in it, an address with a password, a
 recipe that a token was pasted into. So text is filtered where it leaves: errors of this package as
-they are made, both streams of the program, and report.json.
+they are made, both streams of the program, and the reports and journals that it writes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _SECRET = re.compile(
     r"|(?i:(?<=authorization: )|(?<=authorization\": \")|(?<=authorization': '))[^\r\n\"']+"
     r"|(?<=Bearer )[\w.~+/=-]{8,}"
 )
+_SECRET_KEYS = {"authorization", "api_key", "hf_token", "hub_token", "password", "wandb_api_key"}
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
@@ -30,6 +31,25 @@ def redacted(text: str) -> str:
         if len(value) >= 8:
             text = text.replace(value, "***")
     return _SECRET.sub("***", text)
+
+
+def redacted_data(value: Any) -> Any:
+    """Plain data with every text in it, names too, redacted.
+
+    For what becomes JSON or YAML: filtered afterwards, a text may lose the mark that ends it.
+    """
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, dict):
+        return {
+            redacted_data(name): "***"
+            if isinstance(inner, str) and inner and str(name).lower() in _SECRET_KEYS
+            else redacted_data(inner)
+            for name, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redacted_data(inner) for inner in value]
+    return value
 
 
 def protect_streams() -> None:

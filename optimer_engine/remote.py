@@ -28,7 +28,8 @@ import msgspec
 
 from optimer_engine.checkpoint import ADAPTER, Checkpoint
 from optimer_engine.errors import CheckpointError
-from optimer_engine.hub import MISSING_OFFLINE, find, gather
+from optimer_engine.hub import DOWNLOADS, MISSING_OFFLINE, find, gather
+from optimer_engine.network import DownloadError
 from optimer_engine.safetensors_format import MAX_HEADER_BYTES
 from optimer_engine.snapshot import Snapshot
 
@@ -71,6 +72,7 @@ class HubCheckpoint(Checkpoint):
     blanks: dict[int, int]
     _absent: set[int]
     _sampled: set[int]
+    _right: frozenset[int] = frozenset()
     _sampling = False
     _remove: weakref.finalize[..., HubCheckpoint]
 
@@ -111,6 +113,36 @@ class HubCheckpoint(Checkpoint):
         }
         checkpoint._absent, checkpoint._sampled = set(checkpoint.blanks), set()
         return checkpoint
+
+    def here(self, file: int) -> bool:
+        """Whether file number `file` was downloaded, or is in the cache."""
+        return file not in self._absent
+
+    def bring(self, file: int) -> None:
+        """Download file number `file`, unless it is here."""
+        if file in self._absent:
+            self.place(file, self.fetch(file, None, lambda count: None))
+
+    def check_hashes(self) -> None:
+        """Compare the files that the cache had with the Hub's hashes, each once for ever.
+
+        Raises:
+            CheckpointError: one is damaged, and cannot be had again.
+            DownloadError: one was damaged; the same command will find the right one.
+        """
+        numbers = set(range(len(self.files))) - self._absent - self._right
+        names = [self.name_of(number) for number in sorted(numbers)]
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            found = list(pool.map(self.snapshot.checked, names))
+        for name, path in zip(names, found, strict=True):
+            if path is None:
+                self.snapshot.fetch(name)
+                raise DownloadError(
+                    "the copy in the cache was damaged; it was downloaded again",
+                    where=f"{self.snapshot}/{name}",
+                    todo="run the same command again",
+                )
+        self._right |= numbers
 
     def name_of(self, file: int) -> str:
         """The name of a file in its repository."""
@@ -160,8 +192,7 @@ class HubCheckpoint(Checkpoint):
             super().read_into(file, offset, buffer)
 
     def _map(self, file: int) -> mmap.mmap:
-        if file in self._absent:
-            self.place(file, self.fetch(file, None, lambda count: None))
+        self.bring(file)
         return super()._map(file)
 
     @cached_property
@@ -230,7 +261,9 @@ def _stage(snapshot: Snapshot, folder: Path) -> set[str]:
     blanks = []
 
     def link(name: str) -> None:
-        (folder / name).symlink_to((snapshot.cached(name) or snapshot.fetch(name)).resolve())
+        # Weights are hashed when they are about to be read; what decides the plan is now.
+        found = snapshot.cached(name) if name in weights else snapshot.checked(name)
+        (folder / name).symlink_to((found or snapshot.fetch(name)).resolve())
 
     for name in weights:
         if snapshot.cached(name) is None and not name.startswith(ADAPTER):

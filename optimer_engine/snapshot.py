@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from optimer_engine import hashed
 from optimer_engine.checkpoint import ADAPTER, COMPANIONS, MODEL, VECTOR
 from optimer_engine.errors import CheckpointError
 from optimer_engine.network import RETRY_WAITS_S, patiently
@@ -64,7 +65,7 @@ class Snapshot:
             single, index = f"{kind}.safetensors", f"{kind}.safetensors.index.json"
             alone = [single] if single in self.files else []
             if index in self.files:
-                return [*alone, *_listed(self.fetch(index))]
+                return [*alone, *_listed(self.checked(index) or self.fetch(index))]
             if alone:
                 return alone
         return []
@@ -83,6 +84,16 @@ class Snapshot:
             return None
         path = Path(found)
         return path if path.stat().st_size == self.files[name].size_bytes else None
+
+    def checked(self, name: str) -> Path | None:
+        """Where the cache has `name` with the bytes that the Hub announces; read whole, once."""
+        path, wanted = self.cached(name), self.files[name]
+        if path is None or not wanted.digest or hashed.known(path, wanted.digest):
+            return path
+        if _digest(path, wanted) != wanted.digest:
+            return None
+        hashed.note(path, wanted.digest)
+        return path
 
     def fetch(
         self, name: str, folder: Path | None = None, arrived: Callable[[int], None] | None = None
@@ -116,13 +127,17 @@ class Snapshot:
             path = Path(patiently(download, where, RETRY_WAITS_S))
             found = _digest(path, wanted)
             if found == wanted.digest:
+                if folder is None and wanted.digest:
+                    hashed.note(path, wanted.digest)
                 return path
             if self.offline:
                 break
         raise CheckpointError(
             f"its hash is {found}, the Hub says {wanted.digest}",
             where=where,
-            todo="the download is damaged, or a proxy changes it; try again later",
+            todo="run once without HF_HUB_OFFLINE to download it again"
+            if self.offline
+            else "the download is damaged, or a proxy changes it; try again later",
         )
 
     def read(self, name: str, begin: int, end: int) -> bytes:

@@ -17,6 +17,8 @@ import yaml
 from optimer_engine.errors import RecipeError
 
 MAX_DEPTH = 16
+MAX_VALUES = 30_000
+"""Keys and values of a file; reading takes about a second then, and a minute for a megabyte."""
 
 _CORE = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -32,7 +34,7 @@ _CORE = (
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # type: ignore[misc]  # noqa: RUF012
-    depth = 0
+    depth = values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -40,6 +42,9 @@ class _Loader(yaml.SafeLoader):
             _refuse("aliases (*) are refused", event)
         if getattr(event, "tag", None) is not None or getattr(event, "anchor", None):
             _refuse("tags (!) and anchors (&) are refused", event)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            _refuse(f"more than {MAX_VALUES} keys and values", event)
         self.depth += 1
         if self.depth > MAX_DEPTH:
             _refuse(f"nested deeper than {MAX_DEPTH}", event)

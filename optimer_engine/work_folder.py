@@ -18,9 +18,9 @@ from typing import NoReturn
 import msgspec
 
 from optimer_engine import durable
-from optimer_engine.errors import BusyError, OutputError, RecipeError, quoted
+from optimer_engine.errors import BusyError, OutputError, RecipeError, is_text, quoted
 from optimer_engine.journal import Head, Journal, damage, read_head, read_owner
-from optimer_engine.redaction import redacted
+from optimer_engine.redaction import redacted_data
 from optimer_engine.report import Report, combined
 
 PART_WAIT_S = 10.0
@@ -34,13 +34,13 @@ def check_place(out: Path, inputs: Iterable[Path]) -> None:
     Raises:
         RecipeError: naming what is in the way.
     """
-    if out.name in ("", ".."):
+    if out.name in ("", "..") or not is_text(str(out)):
         _refuse(out, "is not the name of a folder", "name a new folder")
     partial = partial_of(out)
     for path in (out, partial):
         if path.is_symlink():
             _refuse(path, "is a link", "name the folder itself")
-    if out.is_mount():
+    if _is_mount(out):
         _refuse(out, "is a mount point, which nothing can be renamed to", "name a folder in it")
     mine = {_identity(path) for path in (out, partial) if path.exists()}
     above = {_identity(path) for path in (out, *out.resolve().parents) if path.exists()}
@@ -48,6 +48,19 @@ def check_place(out: Path, inputs: Iterable[Path]) -> None:
         around = {_identity(path) for path in (folder, *folder.resolve().parents)}
         if _identity(folder) in above or mine & around:
             _refuse(out, f"lies in or around the input {folder}", "write the output somewhere else")
+
+
+def _is_mount(path: Path) -> bool:
+    if path.is_mount():
+        return True
+    try:  # a second place of a folder of the same file system can be told by its name alone
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        escaped = os.fsencode(path.resolve())
+    except OSError:
+        return False
+    for mark in (b"\\", b" ", b"\t", b"\n"):
+        escaped = escaped.replace(mark, b"\\%03o" % ord(mark))
+    return any(line.split()[4] == escaped for line in lines)
 
 
 def partial_of(out: Path) -> Path:
@@ -61,7 +74,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _refuse(where: Path, what: str, todo: str) -> NoReturn:
-    raise RecipeError(what, where=str(where), todo=todo)
+    raise RecipeError(what, where=str(where) if is_text(str(where)) else quoted(where), todo=todo)
 
 
 def finished(folder: Path, identity: str) -> Report | None:
@@ -76,8 +89,10 @@ def finished(folder: Path, identity: str) -> Report | None:
 def read_report(path: Path) -> Report | None:
     """A report.json, or None when there is none that can be read."""
     try:
+        if not path.is_file():  # a FIFO would be waited for
+            return None
         return msgspec.json.decode(path.read_bytes(), type=Report)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
 
@@ -279,8 +294,9 @@ class WorkFolder:
     def publish(self, report: Report) -> None:
         """Add report.json, drop all that it does not name, and rename into place."""
         if self.finished is None:
-            text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            durable.write_file(self.path / "report.json", redacted(text).encode())
+            clean = redacted_data(report.to_dict())
+            text = json.dumps(clean, indent=2, ensure_ascii=False) + "\n"
+            durable.write_file(self.path / "report.json", text.encode())
             durable.sync(self._fd)  # from here on the folder speaks for itself, without a journal
         named = {"report.json", *report.files}
         self._remove(path for path in self.path.iterdir() if path.name not in named)

@@ -104,6 +104,19 @@ def main() -> None:
             raise
         click.echo(f"optimer: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # of a small file that no command foresaw: a full disk, no permission
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        click.echo(f"optimer: {where}{error.strerror or error}", err=True)
+        click.echo("  check the disk and the path, then run the same command again", err=True)
+        sys.exit(3)
+    except MemoryError:
+        if debug:
+            raise
+        todo = "give a lower --mem-limit or fewer --threads"
+        click.echo(f"optimer: not enough memory\n  {todo}", err=True)
+        sys.exit(3)
     except (_Stopped, KeyboardInterrupt, click.Abort) as error:
         click.echo("optimer: interrupted; run the same command to continue", err=True)
         sys.exit(error.code if isinstance(error, _Stopped) else 130)

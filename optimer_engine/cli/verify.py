@@ -13,9 +13,10 @@ from optimer_engine.types import format_bytes
 
 @click.command(name="verify")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--full", is_flag=True, help="Compute it again from its sources and compare.")
+@click.option("--sampled", is_flag=True, help="Also compute a sample again from its sources.")
+@click.option("--full", is_flag=True, help="Also compute all of it again, and compare.")
 @json_option
-def command(out: Path, full: bool, as_json: bool) -> None:
+def command(out: Path, sampled: bool, full: bool, as_json: bool) -> None:
     """Check that a merged model or a vector is whole and unchanged.
 
     Reads the folder OUT once, compares it with the hashes that were published with it, and prints
@@ -23,14 +24,15 @@ def command(out: Path, full: bool, as_json: bool) -> None:
 
     \b
     Example:
-      optimer verify merged --full
+      optimer verify merged --sampled
     """
     from optimer_engine.progress import bar
     from optimer_engine.verify import verify_output
 
-    result: dict[str, Any] = verify_output(out, full=full, callbacks=[bar(f"verify {out.name}")])
+    bars = [bar(f"verify {out.name}")]
+    result: dict[str, Any] = verify_output(out, sampled=sampled, full=full, callbacks=bars)
     lines = [f"{digest}  {name}" for name, digest in sorted(result["sha256"].items())]
     text = f"{out}: {result['files']} files, {format_bytes(result['bytes'])} as published"
-    if full:
+    if full or sampled:
         text += f"; {format_bytes(result['recomputed'])} computed again and equal"
     emit(result, "\n".join([text, *lines]), as_json)

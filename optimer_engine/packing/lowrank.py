@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optimer_engine.adapter import LowRank
+from optimer_engine.adapter import LowRank, Matrix
 from optimer_engine.kernels.reference import round_to
 from optimer_engine.packing.encode import TILE_ELEMS, Encoder, Hands, Pair, Placed, Zero
 from optimer_engine.packing.store import PartsFile
@@ -100,13 +100,13 @@ class _Factor:
     """A stored matrix: an array, or its place in a Spill."""
 
     def __init__(
-        self, dtype: DType, shape: tuple[int, ...], held: np.ndarray | tuple[Spill, int]
+        self, dtype: DType, shape: tuple[int, ...], held: Matrix | np.ndarray | tuple[Spill, int]
     ) -> None:
         self.dtype, self.shape, self._held = dtype, shape, held
         self.size = math.prod(shape) * dtype.itemsize
 
     def bytes(self) -> np.ndarray:
-        if isinstance(self._held, np.ndarray):
+        if not isinstance(self._held, tuple):
             return np.ascontiguousarray(self._held).reshape(-1).view(np.uint8)
         spill, begin = self._held
         return spill.get(begin, self.size)

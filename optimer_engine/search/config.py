@@ -24,6 +24,7 @@ from typing import Any, Literal
 import msgspec
 
 from optimer_engine.errors import RecipeError
+from optimer_engine.redaction import redacted, redacted_data
 
 MOST_SEED = 2**31 - 1
 
@@ -43,6 +44,8 @@ class Vector(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         low, high = self.range
         if not self.name or not self.name.isprintable():
             raise RecipeError(f"name {self.name!r} is empty or not printable")
+        if redacted(self.name) != self.name:
+            raise RecipeError("the name of a vector looks like a token, and names are written down")
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise RecipeError(f"range of {self.name!r} must be [low, high] with low < high")
 
@@ -72,6 +75,8 @@ class Term(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     num_fewshot: int | None = None
 
     def __post_init__(self) -> None:
+        if redacted(self.name) != self.name:
+            raise RecipeError("the name of a term looks like a token, and names are written down")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise RecipeError(f"weight of {self.name!r} must be a positive number")
         if self.weight == 0 and self.max_loss is None:
@@ -188,7 +193,7 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         """A file that reads as this configuration; what is left at its default is left out."""
         import yaml
 
-        return yaml.safe_dump(_written(self), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(redacted_data(_written(self)), sort_keys=False, allow_unicode=True)
 
     @property
     def total_trials(self) -> int:

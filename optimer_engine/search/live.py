@@ -17,6 +17,7 @@ from typing import Any
 
 from optimer_engine.durable import replace_file
 from optimer_engine.errors import MissingExtraError
+from optimer_engine.redaction import redacted_data
 from optimer_engine.search.config import SearchConfig
 from optimer_engine.search.corpus import CorpusObjective
 from optimer_engine.search.objective import Examples, Objective, Scored
@@ -148,7 +149,7 @@ class LivePool:
         from optimer_engine.engine import merge
 
         recipe, folder, text = self.recipe(weights), out / "best", out / "best.yaml"
-        written = recipe.to_yaml().encode()
+        written = type(recipe).load(redacted_data(recipe.to_dict())).to_yaml().encode()
         if folder.exists() and text.exists() and text.read_bytes() == written:
             return
         text.unlink(missing_ok=True)

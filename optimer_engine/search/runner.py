@@ -12,6 +12,7 @@ import msgspec
 
 from optimer_engine.durable import replace_file
 from optimer_engine.errors import MismatchError, MissingExtraError, RecipeError
+from optimer_engine.redaction import redacted_data
 from optimer_engine.search.config import SearchConfig, with_absolute_paths
 from optimer_engine.search.crew import Alone, Crew
 from optimer_engine.search.heldout import (
@@ -26,7 +27,7 @@ from optimer_engine.search.loop import JOURNAL, Callback, Loop
 from optimer_engine.search.objective import Evaluate, Objective, Scored
 from optimer_engine.search.report import SearchReport, make_report
 from optimer_engine.search.subject import FunctionSubject, Subject
-from optimer_engine.search.trials import REUSED, Journal, Run, Told, read
+from optimer_engine.search.trials import REUSED, Journal, Run, Told, read, unwritable
 
 REPORT = "search_report.json"
 CONFIG = "search.yaml"
@@ -88,9 +89,9 @@ def run_search(
         else partial(FunctionSubject, evaluate=evaluate)
     )
     subject = make(config)
-    this = identity(config, subject.identity)
+    this = redacted_data(identity(config, subject.identity))
     refuse_same_source(config)
-    refuse_overlap(this["terms"], subject.heldout_identity)
+    refuse_overlap(this["terms"], redacted_data(subject.heldout_identity))
     # read before anything is written: a wrong run to reuse must not leave a run folder behind
     reused = [] if reuse is None else rescored(Path(reuse) / JOURNAL, this)
     journal = Journal(out / JOURNAL)
@@ -100,14 +101,15 @@ def run_search(
         else:
             refuse_other(this, journal.run.identity, f"{out} holds another search")
             _refuse_late_reuse(reused, journal)
-        replace_file(out / CONFIG, config.to_yaml().encode())
+        _write(out / CONFIG, config.to_yaml().encode())
         with _crew(config, subject, make, workers, scheduler) as crew:
             ended = Loop(config, subject.counts, crew, journal).run(list(callbacks))
             report = make_report(config, this, journal.told, ended)
             if config.heldout or config.heldout_share:
                 report.heldout = _heldout(config, crew, report, out)
         subject.write(report.best_weights, out)
-        replace_file(out / REPORT, msgspec.json.format(msgspec.json.encode(report), indent=2))
+        clean = redacted_data(msgspec.to_builtins(report))
+        _write(out / REPORT, msgspec.json.format(msgspec.json.encode(clean), indent=2))
     finally:
         journal.close()
         subject.close()
@@ -190,6 +192,13 @@ def _refuse_late_reuse(reused: list[Told], journal: Journal) -> None:
             where=str(journal.path),
             todo="leave --reuse out to continue, or search into another folder",
         )
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def _require_smac() -> None:

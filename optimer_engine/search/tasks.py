@@ -10,7 +10,8 @@ the previous weights.
 
 Task files are configuration, but a line ``!function module.name`` in one imports Python code beside
 it. Such files are refused unless the user allows them. Tasks shipped inside lm-eval (no
-``tasks_dir``) are trusted as the installed library is.
+``tasks_dir``) are trusted as the installed library is, but for those that run what the model writes
+(``unsafe_code``, such as humaneval), which need the same permission.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from optimer_engine.errors import MissingExtraError, RecipeError
 from optimer_engine.search.config import Term
@@ -43,7 +44,7 @@ class TaskObjective:
             two metrics of one task are measured in one evaluation.
         tokenizer: of the models that will be scored.
         batch_size: requests per forward pass.
-        allow_task_code: accept task files with ``!function``.
+        allow_task_code: accept task files with ``!function``, and tasks that run model output.
 
     Raises:
         RecipeError: a task or folder does not exist, a task file carries code, or two terms ask for
@@ -66,6 +67,7 @@ class TaskObjective:
             if not allow_task_code:
                 refuse_code(Path(folder))
         self._terms, self._tokenizer, self._batch_size = list(terms), tokenizer, batch_size
+        self._allow_task_code = allow_task_code
         self._lm: Any = None
         with _quiet():
             try:
@@ -78,7 +80,13 @@ class TaskObjective:
                 include_path=folders or None,
                 include_defaults=any(t.tasks_dir is None for t in terms),
             )
+            if not allow_task_code:
+                _refuse_unsafe(manager.task_index, self._terms)
             self._loaded = _load(manager, self._terms)
+            if not allow_task_code:  # whatever the files said: now it is known of the tasks
+                for name, task in self._loaded["tasks"].items():
+                    if getattr(task, "UNSAFE_CODE", False):
+                        _refuse_unsafe_task(name)
         self._samples = {
             str(t.task): list(range(len(self._docs(t.task))))[: t.limit] for t in self._terms
         }
@@ -123,6 +131,7 @@ class TaskObjective:
                 samples=samples,
                 bootstrap_iters=0,
                 log_samples=True,
+                confirm_run_unsafe_code=self._allow_task_code,
             )
         return {t.name: _score(results, t) for t in terms}
 
@@ -249,6 +258,22 @@ def _includes_of(text: str, path: Path) -> list[str]:
                 names = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 found += [name.value for name in names]
     return found
+
+
+def _refuse_unsafe(index: Mapping[str, Any], terms: Sequence[Term]) -> None:
+    """Before a task is loaded: loading may already import what runs code."""
+    for term in terms:
+        cfg = getattr(index.get(str(term.task)), "cfg", None) or {}
+        if cfg.get("unsafe_code"):
+            _refuse_unsafe_task(str(term.task))
+
+
+def _refuse_unsafe_task(name: str) -> NoReturn:
+    raise RecipeError(
+        "runs the code that the model writes, on this machine",
+        where=f"task {name!r}",
+        todo="search in a container without secrets, and set allow_task_code: true",
+    )
 
 
 def _load(manager: Any, terms: list[Term]) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from optimer_engine.durable import replace_file
+from optimer_engine import durable
 from optimer_engine.errors import OutputError, RecipeError
+from optimer_engine.redaction import redacted
 from optimer_engine.search.objective import Scores
 
 log = logging.getLogger(__name__)
@@ -89,8 +90,11 @@ class Journal:
             RecipeError: the file is not a journal of this kind, or is damaged before its last line.
         """
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            durable.make_folder(path.parent)
+            self._folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise unwritable(path, error) from error
         try:
             fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.run, self.told, self.pending = self._load()
@@ -108,7 +112,12 @@ class Journal:
     def begin(self, run: Run, reused: Iterable[Told] = ()) -> None:
         """Write the identity and any trials taken from another run, all or nothing."""
         told = list(reused)
-        replace_file(self.path, b"".join(msgspec.json.encode(x) + b"\n" for x in [run, *told]))
+        try:
+            durable.replace_file(
+                self.path, b"".join(msgspec.json.encode(x) + b"\n" for x in [run, *told])
+            )
+        except OSError as error:
+            raise unwritable(self.path, error) from error
         self.run, self.told = run, told
 
     @property
@@ -122,7 +131,8 @@ class Journal:
         self.pending[trial.number] = trial
 
     def tell(self, trial: Told) -> None:
-        """Record a finished trial."""
+        """Record a finished trial; secrets in an objective's error are not written down."""
+        trial = msgspec.structs.replace(trial, error=redacted(trial.error))
         self._append(trial)
         del self.pending[trial.number]
         self.told.append(trial)
@@ -132,10 +142,15 @@ class Journal:
         os.close(self._folder)
 
     def _append(self, line: Asked | Told) -> None:
-        with self.path.open("ab") as file:
-            file.write(msgspec.json.encode(line) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            fd = durable.create(self.path)
+            try:
+                durable.write_at(fd, msgspec.json.encode(line) + b"\n", os.fstat(fd).st_size)
+                durable.sync_data(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
     def _load(self) -> tuple[Run | None, list[Told], dict[int, Asked]]:
         if not self.path.exists():
@@ -144,8 +159,19 @@ class Journal:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             log.warning("%s: the last line was cut short; its trial is run again", self.path)
-            os.truncate(self.path, len(whole))
+            fd = durable.create(self.path)
+            durable.resize(fd, len(whole))
+            os.close(fd)
         return _parse(self.path, whole)
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """What to raise where the disk refuses a file of a run."""
+    return OutputError(
+        f"cannot be written: {error.strerror}",
+        where=str(path),
+        todo="free some space or check the disk, then run the same command again",
+    )
 
 
 def read(path: Path) -> tuple[Run, list[Told]]:
@@ -176,7 +202,7 @@ def _parse(path: Path, content: bytes) -> tuple[Run | None, list[Told], dict[int
         where = f"{path}, line {number}"
         try:
             line = _DECODER.decode(text)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RecipeError(
                 f"not a line of a search's journal: {error}", where=where,
                 todo="restore the file, or search into another folder",

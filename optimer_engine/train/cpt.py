@@ -29,6 +29,7 @@ import msgspec
 
 from optimer_engine.errors import MissingExtraError, OutputError
 from optimer_engine.lock import locked
+from optimer_engine.redaction import redacted_data
 from optimer_engine.train.config import TrainConfig, checked, identity_of
 from optimer_engine.train.corpus import find, first_documents
 from optimer_engine.train.model import Base, find_base
@@ -128,7 +129,7 @@ def _begin(config: TrainConfig, base: Base, processes: int) -> Begun:
         "data": {corpus.config.name: corpus.fingerprint for corpus in corpora},
         "processes": processes,
     }
-    return Begun(corpora, identity)
+    return Begun(corpora, redacted_data(msgspec.to_builtins(identity)))
 
 
 def _earlier_report(out: Path, identity: dict[str, Any], resume: bool) -> TrainReport | None:
@@ -146,7 +147,16 @@ def _earlier_report(out: Path, identity: dict[str, Any], resume: bool) -> TrainR
             "exists and is not a training run", where=str(out), todo="choose another output folder"
         )
     report = out / "train_report.json"
-    return msgspec.json.decode(report.read_bytes(), type=TrainReport) if report.is_file() else None
+    if not report.is_file():
+        return None
+    try:
+        return msgspec.json.decode(report.read_bytes(), type=TrainReport)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise OutputError(
+            f"cannot be read: {error}",
+            where=str(report),
+            todo="the run was done: restore the file, or remove it to finish the run again",
+        ) from error
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
 The Trainer takes the checkpoint with the highest number even when it is half written, and where the
 optimizer's state is missing it silently starts a fresh one. So a checkpoint counts here only with a
-marker that is written last, after everything is on the disk, and lists every file with its size;
-the newest checkpoint that agrees with its marker is the one to continue from. Sizes and not hashes:
-the fault to be found is a save cut short, and reading back the three copies of the weights that a
-checkpoint holds would cost minutes at each save of a large model.
+marker that is written last, after everything is on the disk, and lists every file with its size
+and its hash; the newest checkpoint that agrees with its marker is the one to continue from. Hashing
+reads what was just written, mostly from memory, and again what is about to be loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from fnmatch import fnmatch
@@ -21,6 +21,7 @@ import msgspec
 
 from optimer_engine.durable import replace_file, sync
 from optimer_engine.errors import OutputError, RecipeError
+from optimer_engine.journal import hash_range
 
 MARKER = "checkpoint.ok"
 _REQUIRED = (
@@ -41,32 +42,49 @@ def mark_complete(checkpoint: Path) -> None:
     """
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
     (checkpoint / MARKER).unlink(missing_ok=True)
-    sizes = {}
+    facts = {}
     for path in sorted(checkpoint.rglob("*")):  # FSDP and DeepSpeed write folders in it
         sync(path)
         if path.is_file():
-            sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+            facts[path.relative_to(checkpoint).as_posix()] = _facts(path)
     sync(checkpoint)
-    replace_file(checkpoint / MARKER, msgspec.json.format(msgspec.json.encode(sizes)))
+    replace_file(checkpoint / MARKER, msgspec.json.format(msgspec.json.encode(facts)))
     sync(checkpoint.parent)
 
 
 def defect(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, in a few words; None when it is complete."""
     try:
-        sizes = msgspec.json.decode((checkpoint / MARKER).read_bytes(), type=dict[str, int])
-    except (OSError, msgspec.DecodeError):
+        text = (checkpoint / MARKER).read_bytes()
+        facts = msgspec.json.decode(text, type=dict[str, tuple[int, str]])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return f"no {MARKER}: it was not saved to its end"
     for patterns in _REQUIRED:
-        if not any(fnmatch(name, pattern) for name in sizes for pattern in patterns):
+        if not any(fnmatch(name, pattern) for name in facts for pattern in patterns):
             return f"{patterns[0]} was never saved"
-    for name, size in sizes.items():
+    for name, (size, digest) in facts.items():
         path = checkpoint / name
-        if not path.exists():
+        if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, {size} expected"
+        try:
+            found = _facts(path)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != (size, digest):
+            return f"{name} is damaged: its hash is {found[1]}, {digest} was saved"
     return None
+
+
+def _facts(path: Path) -> tuple[int, str]:
+    """Size in bytes and xxh3-128 (hex) of a file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        return size, hash_range(fd, 0, size)
+    finally:
+        os.close(fd)
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:

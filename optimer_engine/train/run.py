@@ -14,6 +14,7 @@ import msgspec
 
 from optimer_engine.durable import replace_file
 from optimer_engine.errors import MismatchError, RecipeError
+from optimer_engine.redaction import redacted_data
 from optimer_engine.report import versions
 from optimer_engine.train.config import TrainConfig
 from optimer_engine.train.corpus import Corpus
@@ -263,7 +264,8 @@ class Run:
             vector=str(vector) if lora or config.makes_vector else None,
             versions=versions(*LIBRARIES, *(["peft"] if lora else []), "tokenizers", "numpy"),
         )
-        replace_file(out / "train_report.json", msgspec.json.format(msgspec.json.encode(report)))
+        clean = msgspec.json.encode(redacted_data(msgspec.to_builtins(report)))
+        replace_file(out / "train_report.json", msgspec.json.format(clean))
         shutil.rmtree(out / "checkpoints")
         if not keeps_model:
             shutil.rmtree(out / "model", ignore_errors=True)

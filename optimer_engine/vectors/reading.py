@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from optimer_engine.adapter import Factor, LowRank, RecentFactors
+from optimer_engine.adapter import Factor, LowRank, RecentFactors, matrix
 from optimer_engine.checkpoint import Checkpoint
 from optimer_engine.errors import CheckpointError, MismatchError, quoted
 from optimer_engine.kernels.packed import (
@@ -441,8 +441,8 @@ def _low_rank(
     checkpoint: Checkpoint, said: Description, found: list[TensorInfo], kept: RecentFactors
 ) -> LowRank:
     a, b = found
-    factor = Factor(checkpoint.view(a.name), a.dtype, kept)
-    return LowRank(checkpoint.view(b.name), b.dtype, factor, said.scale)
+    factor = Factor(matrix(checkpoint, a), a.dtype, kept)
+    return LowRank(matrix(checkpoint, b), b.dtype, factor, said.scale)
 
 
 def _refuse(checkpoint: Checkpoint, info: TensorInfo, name: str, what: str) -> NoReturn:

@@ -1,8 +1,9 @@
 """Random damage to what the program reads; `python -m tests.faults.fuzz --help` for long runs.
 
-Four readers: headers, indexes, recipes, journals. Whatever comes in, a reader returns or raises its
-own error. What the header reader accepts, the safetensors library must accept with the same names,
-dtypes and shapes; what the journal reader believes, somebody must have written.
+Five readers: headers, indexes, configurations, recipes, journals. Whatever comes in, a reader
+returns or raises its own error. What the header reader accepts, the safetensors library must accept
+with the same names, dtypes and shapes; what the journal reader believes, somebody must have
+written.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 
 import safetensors
 
-from optimer_engine import journal, model_folder, recipe, strict_yaml
-from optimer_engine.errors import CheckpointError, RecipeError
+from optimer_engine import journal, model_folder, planner, recipe, strict_yaml
+from optimer_engine.errors import CheckpointError, OptimerError, RecipeError
 from optimer_engine.safetensors_format import read_header
 from tests.faults import malformed
 
@@ -133,6 +134,73 @@ class Index:
         return True
 
 
+KEYS = (
+    "num_hidden_layers", "n_layer", "model_type", "architectures", "text_config", "torch_dtype",
+    "dtype", "vocab_size", "tie_word_embeddings", "quantization_config", "rope_theta", "auto_map",
+    "layer_types", "max_window_layers", "num_nextn_predict_layers", "vision_config", "hidden_size",
+)  # fmt: skip
+ADAPTER_KEYS = (
+    "peft_type", "r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora",
+    "fan_in_fan_out", "modules_to_save", "bias", "base_model_name_or_path", "target_modules",
+)  # fmt: skip
+VALUES = (
+    None, True, False, 0, 1, 2, -1, 3, 2**63, 10**30, 0.5, 1e308, "", "x", "llama", "LORA", "(a+)+",
+    "\u202e\x1b[31m", "[", [], [1], [None], ["x"], {}, {"": 0}, {"x": None}, {".*": "x"}, [[]],
+    {"quant_method": 1}, {"weight_block_size": ["x", 0]}, {"q_proj": 4}, {"[": 1}, {".*": {}},
+)  # fmt: skip
+
+
+class Config:
+    """Planning a merge of a base, a model and an adapter whose configurations say anything."""
+
+    def __init__(self, folder: Path) -> None:
+        f32 = {"dtype": "F32", "shape": [4, 4]}
+        names = [f"model.layers.{n}.self_attn.q_proj.weight" for n in range(2)]
+        names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+        model = {n: {**f32, "data_offsets": [64 * i, 64 * i + 64]} for i, n in enumerate(names)}
+        stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+        factors = {f"{stem}{f}.weight": {**f32, "data_offsets": [64 * i, 64 * i + 64]}
+                   for i, f in enumerate("AB")}  # fmt: skip
+        self.folders = {name: folder / name for name in ("base", "model", "adapter")}
+        for name, made in self.folders.items():
+            made.mkdir()
+            stem, tensors = ("adapter_model", factors) if name == "adapter" else ("model", model)
+            data = malformed.file_of(tensors, 64 * len(tensors))
+            (made / f"{stem}.safetensors").write_bytes(data)
+        base, other, adapter = map(str, self.folders.values())
+        sources = [{"name": "m", "model": other}, {"name": "a", "model": adapter}]
+        part = {"model": other, "layer_range": [0, 2], "parameters": {"weight": 1}}
+        self.recipes = [
+            {"base": base, "sources": sources, "out_dtype": "float16", "rows": "common"},
+            {"merge_method": "linear", "dtype": "float32", "base_model": base,
+             "slices": [{"sources": [part, {**part, "model": f"{base}+{adapter}"}]}]},
+            {"merge_method": "ties", "base_model": base, "tokenizer_source": "union",
+             "models": [{"model": other, "parameters": {"weight": 1, "density": 0.5}}]},
+        ]  # fmt: skip
+
+    def __call__(self, rng: random.Random) -> bool:
+        for name, folder in self.folders.items():
+            config = {"r": 4, "lora_alpha": 8, "peft_type": "LORA"} if name == "adapter" else {}
+            keys = ADAPTER_KEYS if name == "adapter" else KEYS
+            for _ in range(rng.choice((0, 0, 1, 2))):
+                config[rng.choice(keys)] = rng.choice(VALUES)
+            if rng.random() < 0.2:
+                config["text_config"] = {rng.choice(keys): rng.choice(VALUES)}
+            path = "adapter_config.json" if name == "adapter" else "config.json"
+            (folder / path).write_text(json.dumps(config))
+            vocab = {"model": rng.choice(({"vocab": {"a": 0, "b": 1}}, *VALUES))}
+            tokenizer = folder / "tokenizer.json"
+            tokenizer.unlink(missing_ok=True)
+            if rng.random() < 0.5:
+                tokenizer.write_text(json.dumps(vocab))
+        try:
+            planner.plan(rng.choice(self.recipes), threads=1).close()
+        except OptimerError as error:
+            assert "\x1b" not in str(error)
+            return False
+        return True
+
+
 class Recipe:
     """The recipe reader."""
 
@@ -195,7 +263,7 @@ def _sealed(text: bytes) -> bytes:
 
 
 TARGETS: dict[str, Any] = {
-    "header": Header, "index": Index, "recipe": Recipe, "journal": JournalLines,
+    "header": Header, "index": Index, "config": Config, "recipe": Recipe, "journal": JournalLines,
 }  # fmt: skip
 
 
@@ -224,7 +292,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--count", type=float, default=math.inf)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=60.0, help="inf for no limit")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     done, accepted = run(asked.target, asked.count, asked.seed, asked.seconds)

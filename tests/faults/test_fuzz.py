@@ -1,4 +1,4 @@
-"""The four readers under random damage, for some seconds each; see `fuzz` for the long form."""
+"""The readers under random damage, for some seconds each; see `fuzz` for the long form."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import pytest
 from tests.faults import fuzz
 
 # Executions of the default suite; the long form is `python -m tests.faults.fuzz TARGET`.
-COUNTS = {"header": 60_000, "index": 10_000, "recipe": 2_000, "journal": 60_000}
-LONG = {"header": 500_000, "index": 100_000, "recipe": 100_000, "journal": 100_000}
+COUNTS = {"header": 60_000, "index": 10_000, "config": 500, "recipe": 2_000, "journal": 60_000}
+LONG = {
+    "header": 500_000, "index": 100_000, "config": 10_000, "recipe": 100_000, "journal": 100_000,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", COUNTS)

@@ -14,7 +14,7 @@ from optimer_engine import merge
 from tests.faults.disk import EFFECTS
 
 PACKAGE = Path(optimer_engine.__file__).parent
-WRITERS = ("journal", "shard_file", "work_folder", "folder_sink", "convert")
+WRITERS = ("journal", "shard_file", "work_folder", "folder_sink", "convert", "search/trials")
 FORBIDDEN = {
     *EFFECTS, "write", "writev", "pwritev", "rename", "remove", "truncate", "makedirs", "sendfile",
     "link", "symlink", "write_bytes", "write_text", "touch", "hardlink_to", "symlink_to", "mmap",

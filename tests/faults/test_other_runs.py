@@ -184,10 +184,21 @@ def check_competition(case, out, ended):
 @pytest.mark.parametrize("locks", ["locks", "no locks"])
 def test_many_processes_and_one_output(make_case, locks):
     """Even on a file system whose locks do nothing, what is published is right."""
+    check_many(make_case("shards"), "out", 4, locks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locks", ["locks", "no locks"])
+def test_eight_processes_and_one_output_twenty_times(make_case, locks):
     case = make_case("shards")
-    out = case.folder / "out"
+    for number in range(20):
+        check_many(case, f"out{number}", 8, locks)
+
+
+def check_many(case, name, count, locks):
+    out = case.folder / name
     prelude = "" if locks == "locks" else "import fcntl; fcntl.flock = lambda *_: None"
-    ended = compete(case, out, 4, prelude)
+    ended = compete(case, out, count, prelude)
     if locks == "locks":
         assert 0 in {code for _, code in ended}
     check_competition(case, out, ended)

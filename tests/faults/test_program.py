@@ -110,6 +110,28 @@ def test_signals_at_random_times(arguments, tmp_path):
     signal_at_random(arguments, tmp_path, 6)
 
 
+def test_a_second_signal_ends_it_at_once(arguments, tmp_path):
+    """Also where unwinding hangs, on a disk that answers no more."""
+    slow = (
+        "import sys, time\n"
+        "from optimer_engine import folder_sink\n"
+        "def write(*_): print('begun', file=sys.stderr, flush=True); time.sleep(0.2)\n"
+        "def abort(*_): print('unwinding', file=sys.stderr, flush=True); time.sleep(600)\n"
+        "folder_sink.FolderSink.write_run, folder_sink.FolderSink.abort = write, abort\n"
+        "from optimer_engine.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments, "-o", str(tmp_path / "out")],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for word in ("begun", "unwinding"):
+        while word not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == -signal.SIGTERM
+    process.stderr.close()
+
+
 @pytest.mark.slow
 def test_many_signals_at_random_times(arguments, tmp_path):
     signal_at_random(arguments, tmp_path, 50)

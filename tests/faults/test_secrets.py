@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from optimer_engine.errors import CheckpointError
+from optimer_engine import merge, verify_output
+from optimer_engine.errors import CheckpointError, RecipeError
 from optimer_engine.redaction import redacted
 from tests.conftest import nearby, random_tensors
 
@@ -34,6 +35,73 @@ def test_what_is_secret_is_replaced_and_nothing_else(monkeypatch, text, kept):
     monkeypatch.setenv("HF_TOKEN", ODD_TOKEN)
     assert redacted(text) == kept
     assert str(CheckpointError(text, where=text, todo=text)).count("***") == 3 * kept.count("***")
+
+
+def test_what_is_hidden_leaves_json_that_can_be_read(tmp_path, write_checkpoint):
+    """A header's value ends at a quote: in JSON that quote may have been escaped."""
+    header = 'Authorization: Bearer abc"def'
+    settings = {
+        "hub_token": "0123",
+        "Authorization": "Basic eDp5",
+        "note": header,
+        "deep": [{"key": f"x {TOKEN}", TOKEN: 1}],
+        "same": "\u00e9 \u2028",
+    }
+    base = write_checkpoint("base", random_tensors(0), settings)
+    (base / "tokenizer_config.json").write_text('{"a": "[' * 1)  # not JSON: copied as it is
+    (base / "special_tokens_map.json").write_text("[" * 100_000)
+    (base / "chat_template.jinja").write_text(f"{{{{ '{TOKEN}' }}}}")
+    (base / "added_tokens.json").write_text(f'{{"a": "{TOKEN}", "a": "b"}}')
+    (base / "generation_config.json").write_text('{"temperature":  0.5, "odd": NaN}')
+    ja = write_checkpoint("ja", nearby(random_tensors(0), 1))
+    recipe = {"base": str(base), "sources": [{"name": header, "model": str(ja), "weight": 0.5}]}
+    merge(recipe, tmp_path / "out")
+    verify_output(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["hub_token"] == written["Authorization"] == "***"
+    assert written["note"].startswith("Authorization: ***")
+    assert written["deep"] == [{"key": "x ***", "***": 1}]
+    assert written["same"] == settings["same"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["recipe"]["sources"][0]["name"].startswith("Authorization: ***")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    assert json.loads((tmp_path / "out" / "added_tokens.json").read_text()) == {"a": "b"}
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ '***' }}"
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+def test_a_search_writes_no_token_down(tmp_path, monkeypatch, caplog, crashes):
+    pytest.importorskip("smac")
+    from optimer_engine.search import SearchConfig, Vector, run_search
+    from optimer_engine.search.page import write_page
+
+    def objective(weights):
+        if crashes and weights["x"] > 0.4:
+            header = {"authorization": f"Bearer {ODD_TOKEN}"}
+            raise RuntimeError(f"GET https://user:{TOKEN}@host with {header}")
+        return weights["x"]
+
+    monkeypatch.setenv("HF_TOKEN", ODD_TOKEN)
+    vectors = [Vector("x", f"runs/{ODD_TOKEN}")]
+    config = SearchConfig(base=f"base-{TOKEN}", vectors=vectors, trials=4, patience=0)
+    run_search(config, tmp_path, evaluate=objective)
+    write_page(tmp_path)
+    assert ("RuntimeError" in (tmp_path / "trials.jsonl").read_text()) == crashes
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) >= 3
+    for secret in (TOKEN, ODD_TOKEN):
+        assert secret not in caplog.text
+        for path in written:
+            assert secret.encode() not in path.read_bytes(), path
+
+
+def test_names_that_are_written_down_are_no_tokens():
+    from optimer_engine.search import Term, Vector
+
+    for make in (lambda: Term(TOKEN), lambda: Vector(f"a {TOKEN}", "runs/x")):
+        with pytest.raises(RecipeError, match="looks like a token"):
+            make()
 
 
 def test_no_command_gives_a_token_away(tmp_path, write_checkpoint):

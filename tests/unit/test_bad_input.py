@@ -135,6 +135,7 @@ def test_overflow_of_the_output_is_named(case, tmp_path, write_checkpoint):
         ("base: b\nsources: [{name: a, model: m}]\nmax_shard_size: 5 apples", ["5 apples"]),
         ("- a", ["recipe.yaml"]),
         ("[" * 40 + "]" * 40, ["nested deeper than 16"]),
+        ("- a\n" * 200_000, ["line 30000", "more than 30000 keys and values"]),
     ],
 )
 def test_recipes_that_are_refused(tmp_path, text, words):
@@ -145,6 +146,48 @@ def test_recipes_that_are_refused(tmp_path, text, words):
     assert "recipe.yaml" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "endless", "huge", "bytes", "nul"])
+def test_what_is_no_recipe_file_is_refused_at_once(tmp_path, kind):
+    import os
+
+    path, words = tmp_path / "recipe.yaml", "is not a regular file"
+    if kind == "fifo":
+        os.mkfifo(path)
+        words = "Expected `object`"
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "huge":
+        path.write_bytes(b"#" * 1_000_001)
+        words = "more than 1000000 bytes"
+    elif kind == "bytes":
+        path.write_bytes(b"base: \xff")
+        words = "not UTF-8 at byte 6"
+    elif kind == "nul":
+        path, words = tmp_path / "a\0b", "cannot be read"
+    else:
+        path.symlink_to("/dev/null" if kind == "device" else "/dev/zero")
+    with pytest.raises(RecipeError, match=words):
+        plan(path)
+
+
+def test_a_recipe_may_come_from_a_pipe():
+    import os
+
+    reader, writer = os.pipe()
+    os.write(writer, b"base: nowhere\nsources: [{name: a, model: m}]\n")
+    os.close(writer)
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        plan(f"/dev/fd/{reader}")
+    os.close(reader)
+
+
+def test_a_file_too_large_to_be_copied_is_found_at_the_start(case, tmp_path):
+    recipe, base, _ = case
+    with (base / "huge.model").open("wb") as file:
+        file.truncate((256 << 20) + 1)
+    refused(recipe, tmp_path, CheckpointError, "huge.model: has 268435457 bytes; it would be")
 
 
 def test_numbers_are_read_by_the_rules_of_yaml_1_2(tmp_path):
@@ -195,6 +238,22 @@ def test_an_input_is_never_taken_for_a_work_folder(case, tmp_path, discard):
     assert sorted(p.name for p in moved.iterdir()) == before
 
 
+@pytest.mark.parametrize("place", ["out/report.json", "out.partial/merge.journal"])
+def test_a_fifo_where_we_write_is_not_waited_for(case, tmp_path, place):
+    import os
+
+    from optimer_engine import verify_output
+
+    recipe, _, _ = case
+    (tmp_path / place).parent.mkdir()
+    os.mkfifo(tmp_path / place)
+    with pytest.raises(OptimerError):
+        merge(recipe, tmp_path / "out")
+    assert (tmp_path / place).is_fifo()
+    with pytest.raises(CheckpointError, match="no readable report"):
+        verify_output(tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["link", "link at work", "dangling", "nothing", "above"])
 def test_a_place_that_nothing_can_be_renamed_to_is_refused_at_once(case, tmp_path, kind):
     recipe, _, _ = case
@@ -241,6 +300,21 @@ def test_a_source_overwritten_while_it_is_read_is_an_error(case, tmp_path):
     with pytest.raises(CheckpointError, match="was changed while it was being read"):
         made.run(FolderSink(tmp_path / "out"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+def test_a_source_may_be_called_base_and_both_are_watched(case, tmp_path):
+    import os
+
+    from optimer_engine import FolderSink
+
+    recipe, base, _ = case
+    recipe["sources"][0]["name"] = "base"
+    report = merge(recipe, tmp_path / "first")
+    assert len(set(report.fingerprints.values())) == 2
+    made = plan(recipe)
+    os.utime(base / "model.safetensors", ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"base/model\.safetensors: was changed"):
+        made.run(FolderSink(tmp_path / "out"))
 
 
 def folder_with(tmp_path, **files):

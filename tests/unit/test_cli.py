@@ -81,6 +81,31 @@ def test_an_output_that_cannot_be_written_exits_with_3(folders, tmp_path):
     assert "cannot be written" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        ("OSError(28, 'No space left on device', 'some/file')",
+         "optimer: some/file: No space left on device\n  check the disk"),
+        ("MemoryError()", "optimer: not enough memory\n  give a lower --mem-limit"),
+    ],
+)  # fmt: skip
+def test_what_no_command_foresaw_is_no_traceback(raised, words):
+    code = f"""
+from optimer_engine import verify
+def fails(*_, **__): raise {raised}
+verify.verify_output = fails
+from optimer_engine.cli import main
+main()
+"""
+    for debug in ([], ["--debug"]):
+        run = [sys.executable, "-c", code, *debug, "verify", "x"]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.startswith(words)) == (
+            (1, False) if debug else (3, True)
+        )
+        assert ("Traceback" in done.stderr) == bool(debug)
+
+
 @pytest.mark.parametrize("command", ["merge", "extract", "search", "train", "demo"])
 def test_help_teaches_with_an_example(command):
     result = CliRunner().invoke(optimer, [command, "--help"])

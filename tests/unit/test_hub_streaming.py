@@ -234,6 +234,36 @@ def test_a_second_run_offline_asks_nobody(hub, folders, expected, tmp_path, monk
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
+def test_a_damaged_file_in_the_cache_is_found_before_it_is_merged(
+    hub, folders, expected, tmp_path, monkeypatch
+):
+    """As other programs leave it: of the right size, at the right place, with other bytes."""
+    from huggingface_hub import constants
+
+    from optimer_engine import snapshot
+
+    merge(recipe(), tmp_path / "first")
+    link = next(home(tmp_path).rglob("models--org--ja/snapshots/*/model-00002*"))
+    good = link.resolve().read_bytes()
+    link.resolve().write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(CheckpointError, match=r"model-00002.*its hash is .*the Hub says"):
+            merge(recipe(), tmp_path / "out")
+    with pytest.raises(DownloadError, match="the copy in the cache was damaged; it was downloaded"):
+        merge(recipe(), tmp_path / "out")
+    assert link.resolve().read_bytes() == good
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_digest", lambda path, like: pytest.fail("hashed again"))
+        merge(recipe(), tmp_path / "out")
+    assert read(tmp_path / "out") == expected[0]
+    small = next(home(tmp_path).rglob("models--org--base/snapshots/*/tokenizer.json"))
+    small.resolve().write_bytes(b"[]")
+    merge(recipe(), tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == b"{}"
+
+
 def test_a_branch_that_moves_meanwhile_changes_nothing(hub, folders, expected, tmp_path):
     moved = write(tmp_path / "moved", nearby(tensors(0), 9))
     started = hub.repos["org/ja"].refs["main"]

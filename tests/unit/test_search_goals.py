@@ -177,6 +177,37 @@ def test_a_trial_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
+def test_a_program_that_is_ended_or_never_ends_fails_its_trial_alone(tmp_path: Path) -> None:
+    """Out of memory, a crash in its own code, an endless loop, children that it leaves behind."""
+    children = tmp_path / "children"
+    start = (
+        "import os, signal, subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(children)!r}, 'a').write(f'{{child.pid}} ')\n"
+    )
+    cases = (
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by signal 9 (Killed)"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was ended by signal 11 (Segmentation fault)"),
+        ("time.sleep(600)", "was stopped after 2 s"),
+        ("print('NaN')", None),
+    )
+    for code, message in cases:
+        command = [sys.executable, "-c", start + code]
+        term = Term("a", command=command, higher_is_better=True)
+        made = CommandObjective([term], 2.0 if "sleep(" in code else 60.0)
+        if message is None:
+            assert np.isnan(made(tmp_path)["a"].value)
+            continue
+        with pytest.raises(RuntimeError) as caught:
+            made(tmp_path)
+        assert message in str(caught.value)
+    time.sleep(0.05)
+    for pid in map(int, children.read_text().split()):
+        status = Path(f"/proc/{pid}/stat")
+        assert not status.exists() or status.read_text().split()[2] == "Z"
+    assert len(children.read_text().split()) == len(cases)
+
+
 # held-out data ------------------------------------------------------------------------------------
 
 

@@ -176,6 +176,46 @@ def test_a_torn_last_line_costs_at_most_its_trial(
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
+def test_killed_at_every_effect_on_the_disk_it_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No told trial is lost, none counted twice, and the next proposals are the same."""
+    from optimer_engine import durable
+    from tests.faults.disk import Dying, Killed
+
+    def search(name: str, disk: Dying) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "os", disk)
+            run_search(config(6), tmp_path / name, evaluate=bowl)
+
+    count = Dying(10**9)
+    search("whole", count)
+    assert count.count > 30
+    for at in range(count.count):
+        with pytest.raises(Killed):
+            search(f"at{at}", Dying(at))
+        run_search(config(6), tmp_path / f"at{at}", evaluate=bowl)
+        assert told(tmp_path / f"at{at}") == told(tmp_path / "whole"), at
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from optimer_engine import durable
+    from tests.faults.disk import Failing
+
+    run_search(config(6), tmp_path / "whole", evaluate=bowl)
+    for at in (0, 3, 8, 13):
+        with monkeypatch.context() as patch, pytest.raises(OutputError) as caught:
+            patch.setattr(durable, "os", Failing(at, errno.ENOSPC, forever=True))
+            run_search(config(6), tmp_path / "cut", evaluate=bowl)
+        assert "cannot be written: No space left on device" in str(caught.value)
+    run_search(config(6), tmp_path / "cut", evaluate=bowl)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
 def test_damage_before_the_last_line_is_refused(tmp_path: Path) -> None:
     run_search(config(8), tmp_path, evaluate=bowl)
     journal = tmp_path / "trials.jsonl"

@@ -332,6 +332,18 @@ def test_task_files_with_code_are_refused_unless_allowed(tokenizer: Fast, tasks_
     assert proof.exists()
 
 
+def test_tasks_that_run_what_the_model_writes_are_refused_unless_allowed(
+    tokenizer: Fast, tasks_dir: Path
+) -> None:
+    term = Term("acc", task="colours", metric="acc", tasks_dir=str(tasks_dir))
+    task = tasks_dir / "colours.yaml"
+    task.write_text(task.read_text() + "unsafe_code: true\n")
+    with pytest.raises(RecipeError, match="task 'colours': runs the code that the model writes"):
+        TaskObjective([term], tokenizer)
+    allowed = TaskObjective([term], tokenizer, allow_task_code=True)
+    assert 0 <= allowed(tiny_llama(1))["acc"].value <= 1
+
+
 def test_unknown_tasks_and_metrics_are_refused(tokenizer: Fast, tasks_dir: Path) -> None:
     where = str(tasks_dir)
     with pytest.raises(RecipeError, match="no task 'colors'; found colours, rolling"):

@@ -183,8 +183,9 @@ def test_every_part_of_a_checkpoint_is_checked(tmp_path, file):
     assert not (tmp_path / "training_args.bin").exists()
 
     whole = (tmp_path / file).read_bytes()
-    (tmp_path / file).write_bytes(whole[:-1])
-    assert defect(tmp_path) is not None
+    for damaged in (whole[:-1], whole[:4] + bytes([whole[4] ^ 1]) + whole[5:]):
+        (tmp_path / file).write_bytes(damaged)
+        assert defect(tmp_path) is not None
     (tmp_path / file).unlink()
     assert file in (defect(tmp_path) or "")
 

@@ -38,6 +38,40 @@ def test_an_untouched_output_verifies_and_recomputes(merged, tmp_path):
     assert verify_output(tmp_path / "v", full=True)["recomputed"] > 0
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_sample_is_computed_again_of_every_file(merged, tmp_path, method):
+    from optimer_engine import verify
+
+    recipe, _ = merged
+    recipe = {**recipe, "method": method}
+    merge(recipe, tmp_path / "other")
+    whole = verify_output(tmp_path / "other", full=True)["recomputed"]
+    for share in (1, 3, 1000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verify, "SAMPLED_SHARE", share)
+            assert 0 < verify_output(tmp_path / "other", sampled=True)["recomputed"] <= whole
+    for file in sorted((tmp_path / "other").glob("*.safetensors")):
+        content = bytearray(file.read_bytes())
+        report = json.loads((tmp_path / "other" / "report.json").read_text())
+        content[-1 if len(content) % 8 else 8 + int.from_bytes(content[:8], "little")] ^= 1
+        (tmp_path / "other" / "report.json").write_text(json.dumps(_signed(report, file, content)))
+        before = file.read_bytes()
+        file.write_bytes(content)
+        verify_output(tmp_path / "other")  # as whoever changed it says it should be
+        with pytest.raises(CheckpointError, match="differs from what the sources give now"):
+            verify_output(tmp_path / "other", full=True)
+        file.write_bytes(before)
+        (tmp_path / "other" / "report.json").write_text(json.dumps(report))
+
+
+def _signed(report, file, content):
+    """A report of other bytes."""
+    import xxhash
+
+    digest = [0, len(content), xxhash.xxh3_128_hexdigest(bytes(content))]
+    return {**report, "files": {**report["files"], file.name: [digest]}}
+
+
 @pytest.mark.parametrize("pattern", ["model-00001*", "model-00002*", "*.index.json", "config.json"])
 def test_one_flipped_bit_anywhere_is_found(merged, pattern):
     _, out = merged
