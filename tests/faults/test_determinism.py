@@ -63,7 +63,7 @@ def check_matrix(sources, tmp_path, method, matrix):
 
 
 THREADS, TILES = (1, 2, 5), (None, 100, 4096, 7000)
-LIMITS, SHARDS = ("16MB", "512MB"), ("7kB", "30kB", "1GB")
+LIMITS, SHARDS = ("24MB", "512MB"), ("7kB", "30kB", "1GB")
 
 
 @pytest.mark.parametrize("method", METHODS)
