@@ -67,7 +67,8 @@ def propose(
     """
     if model is None:
         model = GaussianProcess().fit(points, costs)
-    if running is not None and len(running):
+    running = np.empty((0, points.shape[1])) if running is None else running
+    if len(running):
         model = model.believing(running)
         limits = [limit.believing(running) for limit in limits]
     space = ConfigurationSpace(seed=seed)
@@ -84,7 +85,7 @@ def propose(
             scenario,
             None,  # type: ignore[arg-type]
             model=_Surrogate(space, model, seed),
-            acquisition_function=_FeasibleEI(points, limits),
+            acquisition_function=_FeasibleEI(points, limits, running),
             acquisition_maximizer=_CloudSearch(space, seed=seed),
             initial_design=BlackBoxFacade.get_initial_design(scenario, n_configs=0),
             intensifier=BlackBoxFacade.get_intensifier(scenario, max_config_calls=1),
@@ -95,7 +96,7 @@ def propose(
             values = {name: float(x) for name, x in zip(names, point, strict=True)}
             info = TrialInfo(Configuration(space, values=values), seed=0)
             smac.tell(info, TrialValue(cost=float(cost)), save=False)
-        for point in [] if running is None else running:
+        for point in running:
             values = {name: float(x) for name, x in zip(names, point, strict=True)}
             info = TrialInfo(Configuration(space, values=values), seed=0)
             smac.runhistory.add_running_trial(info)
@@ -132,13 +133,16 @@ class _FeasibleEI(EI):
     While no point is known to keep them, the probability of keeping them is all that counts.
     """
 
-    def __init__(self, points: np.ndarray, limits: Sequence[GaussianProcess]) -> None:
+    def __init__(
+        self, points: np.ndarray, limits: Sequence[GaussianProcess], running: np.ndarray
+    ) -> None:
         super().__init__()
-        self._points, self._limits = points, limits
+        self._running, self._limits = len(running), limits
+        self._points = np.concatenate([points, running])
 
     def _update(self, **kwargs: Any) -> None:
         super()._update(**kwargs)
-        if self._limits:
+        if self._limits or self._running:  # what is being tried counts as if it were known
             assert self._model is not None
             kept = probability_kept(self._limits, self._points) >= 0.5
             mean, _ = self._model.predict_marginalized(self._points[kept])

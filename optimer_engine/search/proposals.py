@@ -74,7 +74,9 @@ def proposal(
     advised = propose(
         landscape.unit, landscape.observed.costs,
         seed=number_seed, model=landscape.model, limits=landscape.limits,
-        running=np.array([space.to_unit(t.weights) for t in without_confirmations(running)]),
+        running=np.array(
+            [space.to_unit(t.weights) for t in without_confirmations(running)]
+        ).reshape(-1, len(space.low)),
     )  # fmt: skip
     return asked("smac", space.to_weights(advised), landscape.expected_gain(advised))
 

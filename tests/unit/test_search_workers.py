@@ -105,7 +105,7 @@ def test_two_workers_share_the_trials_and_find_the_same(cluster, tmp_path: Path)
     pids = {pid for pid, _, _ in calls}
     assert len(pids) == 2 and os.getpid() not in pids
     scored = Counter(pid for pid, _, _ in calls)
-    assert min(scored.values()) >= 4
+    assert min(scored.values()) >= 2
     for name, best in OPTIMUM.items():
         assert abs(report.best_weights[name] - best) < 0.15
     told = events(tmp_path / "a" / "run", "told")
@@ -117,7 +117,8 @@ def test_two_workers_share_the_trials_and_find_the_same(cluster, tmp_path: Path)
     # a trial stays with the worker that merged it
     by_point = {tuple(w): {pid for pid, v, _ in calls if v == w} for _, w, _ in calls}
     staged = [w for w in by_point if sum(1 for _, v, _ in calls if tuple(v) == w) > 1]
-    assert staged and sum(len(by_point[w]) > 1 for w in staged) <= 1  # but to confirm
+    confirmed = sum(t["origin"].startswith("confirm") for t in told)
+    assert staged and sum(len(by_point[w]) > 1 for w in staged) <= confirmed
 
 
 @needs_dask
@@ -182,7 +183,7 @@ def test_errors_of_workers_are_told_like_those_of_one_process(cluster, tmp_path:
         def identity(self) -> dict[str, dict[str, object]]:
             return {"value": {"data": os.getpid()}}
 
-    with pytest.raises(MismatchError, match=r"worker tcp.* has another pool: value data"):
+    with pytest.raises(MismatchError, match=r"worker tcp.* has another pool: terms value"):
         run_search(
             config(), tmp_path / "b" / "x", evaluate=Elsewhere(tmp_path / "l"), scheduler=address
         )
