@@ -246,7 +246,8 @@ class Execution:
             if self.bytes_read > SAMPLED_BYTES and not self.slow:
                 self.slow = self.bytes_read < SLOW_BYTES_PER_S * self.read_s
                 if self.slow:
-                    self.frees |= self._share_of_memory() > KEPT_SHARE
+                    large = self._share_of_memory() > KEPT_SHARE
+                    self.frees |= large and not self.sink.repeats
                     self.changed.notify_all()
 
     def _share_of_memory(self) -> float:

@@ -31,10 +31,12 @@ class Sink:
     Attributes:
         copies: whether `copy_run` is there to take unchanged tensors as bytes of a file.
         on_gpu: whether `write` also takes tiles that lie in a GPU's memory, as torch tensors.
+        repeats: whether the same inputs will soon be read again, so that they are left in memory.
     """
 
     copies = False
     on_gpu = False
+    repeats = False
 
     def open(self, plan: Plan) -> None:
         """Check and prepare; called before the first tile."""
@@ -85,6 +87,7 @@ class LiveModelSink(Sink):
     """
 
     on_gpu = True
+    repeats = True  # as trials of a search do
 
     def __init__(self, model: Any) -> None:
         self.model = model

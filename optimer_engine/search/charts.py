@@ -57,8 +57,8 @@ class Chart:
             strength = 1.0 - (float(value) - low) / ((high - low) or 1.0)
             self._drawn.append(
                 f'<rect class="heat" x="{LEFT + j * wide:.1f}"'
-                f' y="{HEIGHT - BOTTOM - (i + 1) * tall:.1f}" width="{wide + 0.5:.1f}"'
-                f' height="{tall + 0.5:.1f}" opacity="{strength**3:.2f}"/>'
+                f' y="{HEIGHT - BOTTOM - (i + 1) * tall:.1f}" width="{wide:.1f}"'
+                f' height="{tall:.1f}" opacity="{strength**3:.2f}"/>'
             )
 
     def svg(self) -> str:
@@ -72,7 +72,7 @@ class Chart:
             (LEFT - 4, TOP + 9, "end", self._y[1]),
         ]
         labels = "".join(
-            f'<text x="{x}" y="{y}" text-anchor="{anchor}">{value:.3g}</text>'
+            f'<text x="{x}" y="{y}" text-anchor="{anchor}">{_label(value)}</text>'
             for x, y, anchor, value in ends
         )
         middle = (TOP + bottom) / 2
@@ -92,6 +92,10 @@ class Chart:
     def _at_y(self, value: float) -> float:
         share = (value - self._y[0]) / (self._y[1] - self._y[0])
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+
+def _label(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def matrix(names: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:

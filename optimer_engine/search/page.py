@@ -43,7 +43,8 @@ th:first-child,td:first-child{text-align:left}tr.best td{font-weight:600;color:v
 svg{width:100%;height:auto}svg text{font-size:10px;fill:var(--faint)}
 .axis{fill:none;stroke:var(--faint)}.line{fill:none;stroke:var(--mark);stroke-width:1.5}
 .dot{fill:var(--mark);opacity:.6}.part{fill:none;stroke:var(--faint)}.best-dot{fill:var(--best)}
-.heat{fill:var(--mark)}.against{fill:var(--best)}svg text.ink{fill:var(--ink)}
+.heat{fill:var(--mark);shape-rendering:crispEdges}.against{fill:var(--best)}
+svg text.ink{fill:var(--ink)}
 p.note{color:var(--faint)}pre{overflow-x:auto}
 """
 
@@ -274,15 +275,17 @@ def _front(land: Landscape) -> str:
         [f"trial {land.points[i].number}", *(f"{d:+.4f}" for d in terms[i])]
         for i in sorted(best, key=lambda i: terms[i][0])
     ]
-    chart = Chart(
-        terms[best, 0].tolist(), terms[best, 1].tolist(), f"{names[0]}: loss", f"{names[1]}: loss"
-    )
     titles = [f"trial {land.points[i].number}" for i in best]
-    chart.dots(terms[best, 0].tolist(), terms[best, 1].tolist(), titles)
+    charts = []
+    for a, b in list(combinations(range(len(names)), 2))[:MOST_SLICES] if len(best) > 1 else []:
+        x, y = terms[best, a].tolist(), terms[best, b].tolist()
+        chart = Chart(x, y, f"{names[a]}: loss", f"{names[b]}: loss")
+        chart.dots(x, y, titles)
+        charts.append(chart.svg())
     note = "Differences to the base, lower is better; no point beats another in every term."
     return (
         f'<h2>Best compromises</h2><p class="note">{note}</p>'
-        f'<div class="charts">{chart.svg()}</div>' + _table(["", *names], rows)
+        f'<div class="charts">{"".join(charts)}</div>' + _table(["", *names], rows)
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from optimer_engine import FolderSink, checkpoint, engine, execution, merge, plan
+from optimer_engine import FolderSink, LiveModelSink, checkpoint, engine, execution, merge, plan
 from tests.conftest import nearby, random_tensors
 
 
@@ -71,3 +71,13 @@ def test_large_inputs_that_are_slow_leave_the_page_cache_behind_the_reader(
         assert [begin for begin, _ in ranges[1:]] == [end for _, end in ranges[:-1]]
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+    class Again(FolderSink):
+        """As the live model of a search: the next trial reads the same inputs."""
+
+        repeats = True
+
+    freed.clear()
+    engine.run(replace(plan(recipe, threads=1), tile_bytes=256), Again(tmp_path / "again"))
+    assert LiveModelSink.repeats
+    assert not [path for path, *_ in freed if path.startswith(tuple(f"{f}/" for f in folders))]
