@@ -57,8 +57,8 @@ class Chart:
             strength = 1.0 - (float(value) - low) / ((high - low) or 1.0)
             self._drawn.append(
                 f'<rect class="heat" x="{LEFT + j * wide:.1f}"'
-                f' y="{HEIGHT - BOTTOM - (i + 1) * tall:.1f}" width="{wide:.1f}"'
-                f' height="{tall:.1f}" opacity="{strength**3:.2f}"/>'
+                f' y="{HEIGHT - BOTTOM - (i + 1) * tall:.1f}" width="{wide + 0.5:.1f}"'
+                f' height="{tall + 0.5:.1f}" style="--strong:{strength**3:.0%}"/>'
             )
 
     def svg(self) -> str:
@@ -114,7 +114,7 @@ def matrix(names: Sequence[str], values: Sequence[Sequence[float | None]]) -> st
             kind = "heat" if value is None or value >= 0 else "against"
             drawn.append(
                 f'<rect class="{kind}" x="{x}" y="{y}" width="{cell - 2}" height="{cell - 2}"'
-                f' opacity="{0.08 + 0.72 * min(1.0, abs(value or 0.0)):.2f}"/>'
+                f' style="--strong:{0.08 + 0.72 * min(1.0, abs(value or 0.0)):.0%}"/>'
                 f'<text class="ink" x="{x + cell / 2 - 1}" y="{y + cell / 2 + 3}"'
                 f' text-anchor="middle">{"–" if value is None else f"{value:.3f}"}</text>'
             )

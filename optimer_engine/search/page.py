@@ -42,8 +42,9 @@ th,td{padding:.2rem .7rem;text-align:right;border-bottom:1px solid var(--line);w
 th:first-child,td:first-child{text-align:left}tr.best td{font-weight:600;color:var(--best)}
 svg{width:100%;height:auto}svg text{font-size:10px;fill:var(--faint)}
 .axis{fill:none;stroke:var(--faint)}.line{fill:none;stroke:var(--mark);stroke-width:1.5}
-.dot{fill:var(--mark);opacity:.6}.part{fill:none;stroke:var(--faint)}.best-dot{fill:var(--best)}
-.heat{fill:var(--mark);shape-rendering:crispEdges}.against{fill:var(--best)}
+.dot,.best-dot{stroke:var(--paper)}.dot{fill:var(--mark)}.part{fill:none;stroke:var(--faint)}.best-dot{fill:var(--best)}
+.heat{fill:color-mix(in srgb,var(--mark) var(--strong),var(--paper))}
+.against{fill:color-mix(in srgb,var(--best) var(--strong),var(--paper))}
 svg text.ink{fill:var(--ink)}
 p.note{color:var(--faint)}pre{overflow-x:auto}
 """
