@@ -115,7 +115,7 @@ class _Work:
     address: str | None = None  # of the worker that holds its merge
     answer: Any = None  # Dask's future; None while no worker has it
     since_s: float = 0.0
-    lost: str = ""  # what Dask said of a worker that died with it
+    lost: str = ""  # why, of a worker that died with it
 
 
 class Workers:
@@ -174,15 +174,14 @@ class Workers:
                     except OptimerError:
                         raise
                     except Exception as error:  # Dask's own: the worker has gone
-                        work.lost = f"{type(error).__name__}: {error}"
-                        self._forget(str(work.address))
+                        self._forget(str(work.address), f"{type(error).__name__}: {error}")
                 late_s = time.monotonic() - work.since_s - (self._limit_s or math.inf)
                 if work.answer is not None and late_s > 0:
                     self._restart(str(work.address))
                     said = said_late(float(self._limit_s or 0.0))
                     return number, Answer("crashed", error=f"TimeoutError: {said}")
                 if self._deaths[number] >= DEATHS:
-                    said = f"{DEATHS} workers died with it, short of memory? {work.lost}".strip()
+                    said = f"{DEATHS} workers died with it, short of memory? ({work.lost})"
                     return number, Answer("crashed", error=said)
             self.seats()
             self._hand_out()
@@ -222,8 +221,8 @@ class Workers:
             if free:
                 try:
                     return self._await(free[0], self._call(free[0], method, *arguments))
-                except _LostError:
-                    self._forget(free[0])
+                except _LostError as error:
+                    self._forget(free[0], str(error))
             time.sleep(TICK_S)
 
     def _hand_out(self) -> None:
@@ -238,8 +237,8 @@ class Workers:
                 continue
             try:
                 work.answer = self._call(address, "score", work.weights, work.examples)
-            except _LostError:
-                self._forget(address)
+            except _LostError as error:
+                self._forget(address, str(error))
             else:
                 work.address, work.since_s = address, time.monotonic()
 
@@ -253,7 +252,7 @@ class Workers:
         try:
             return getattr(scorer, method)(*arguments)
         except RuntimeError as error:
-            raise _LostError from error
+            raise _LostError(str(error)) from error
 
     def _look(self) -> None:
         """See which workers have gone, and put a scorer on those that have come."""
@@ -262,7 +261,7 @@ class Workers:
         self._looked_s = time.monotonic()
         there = self._there()
         for address in self._scorers.keys() - there:
-            self._forget(address)
+            self._forget(address, "it left the cluster")
         new = sorted(there - self._scorers.keys())
         made = {address: self._submit(address) for address in new}
         for address, future in made.items():
@@ -270,7 +269,7 @@ class Workers:
                 scorer = self._await(address, future)
                 theirs = self._await(address, scorer.identity())
             except _LostError:
-                self._forget(address)
+                self._forget(address, "it left the cluster")
                 continue
             for mine, other in zip(self._identity, theirs, strict=True):
                 try:
@@ -291,7 +290,7 @@ class Workers:
 
     def _there(self) -> set[str]:
         try:
-            return set(self._client.scheduler_info(n_workers=-1)["workers"]) - self._stuck
+            return set(self._client.nthreads()) - self._stuck
         except OSError as error:
             raise OptimerError(
                 f"the Dask scheduler does not answer any more: {error}",
@@ -311,27 +310,28 @@ class Workers:
             if time.monotonic() > looked_s + LOOK_S:
                 looked_s = time.monotonic()
                 if address not in self._there():
-                    raise _LostError
+                    raise _LostError("it left the cluster")
         try:
             return future.result()
         except OptimerError:
             raise
         except Exception as error:
             if address not in self._there():
-                raise _LostError from error
+                raise _LostError("it left the cluster") from error
             raise OptimerError(
                 f"cannot be used: {type(error).__name__}: {error}",
                 where=f"worker {address}",
                 todo="install the same versions there as here, or stop this worker",
             ) from error
 
-    def _forget(self, address: str) -> None:
+    def _forget(self, address: str, why: str) -> None:
         """A worker has gone: what it was scoring is for another one."""
+        log.warning("worker %s is lost: %s", address, why)
         self._scorers.pop(address, None)
         self._gpus = {gpu: "" if user == address else user for gpu, user in self._gpus.items()}
         for number, work in self._work.items():
             if work.address == address:
-                work.address = work.answer = None
+                work.address, work.answer, work.lost = None, None, why
                 self._deaths[number] += 1
 
     def _restart(self, address: str) -> None:
@@ -341,7 +341,7 @@ class Workers:
         except Exception as error:  # no nanny: then it is lost to this search
             log.warning("worker %s cannot be restarted: %s", address, error)
             self._stuck.add(address)
-        self._forget(address)
+        self._forget(address, "its trial took too long")
 
 
 class _LostError(Exception):
