@@ -19,7 +19,10 @@ import numpy as np
 from .conversion import conversions
 from .native import compiled
 from .reference import accumulates_in_fp64
-from .reference_methods import BINS, BLOCK, MAGNITUDE, RANK
+from .reference_methods import BINS, BLOCK, CHANCE, CUT, MAGNITUDE, RANK
+
+CUTS, DRAWS, RANKS = 1, 2, 4
+"""Bits of `Masks.kinds`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class Masks:
         measure: what a cut of the last row compares.
         factors: (rows of the tensor,) fp64: for IMPORTANCE.
         row: length of a row.
+        kinds: of masks that may occur, as bits of CUTS, DRAWS and RANKS; other code is not
+            compiled. By default those that do occur.
     """
 
     rows: np.ndarray
@@ -46,6 +51,15 @@ class Masks:
     measure: int = MAGNITUDE
     factors: np.ndarray = field(default_factory=lambda: np.empty(0))
     row: int = 1
+    kinds: int = 0
+
+    @property
+    def parts(self) -> tuple[bool, bool, bool, bool]:
+        """Which kinds of masks, and whether a measure, the code must have; see `masker`."""
+        found = set(self.rows[:, 0].tolist())
+        wanted = ((CUT, CUTS), (CHANCE, DRAWS), (RANK, RANKS))
+        cuts, draws, ranks = (kind in found or bool(self.kinds & bit) for kind, bit in wanted)
+        return cuts, draws, ranks, self.measure != MAGNITUDE
 
     @property
     def width(self) -> int:
@@ -139,10 +153,11 @@ def _opened() -> Any:
 
 
 @compiled("boolean(int64)")
-def _merge(wide: bool) -> Any:
+def _merge(wide: bool, parts: tuple[bool, bool, bool, bool]) -> Any:
     from .elements import array
-    from .sparse_loops import merge
+    from .sparse_loops import masker, merger
 
+    merge = merger(masker(*parts))
     opened, dtype = _opened(), np.float64 if wide else np.float32
 
     def function(arguments):  # type: ignore[no-untyped-def]
@@ -189,14 +204,15 @@ def merge(
         np.array(divisors or [0.0] * len(multipliers), np.float64),
         consensus, divisors is not None, zero_is_positive, 0,
     ]  # fmt: skip
-    return bool(call(_merge(inputs.wide), arguments))
+    return bool(call(_merge(inputs.wide, masks.parts), arguments))
 
 
 @compiled("void(int64)")
-def _norms(wide: bool) -> Any:
+def _norms(wide: bool, parts: tuple[bool, bool, bool, bool]) -> Any:
     from .elements import array
-    from .sparse_loops import norms
+    from .sparse_loops import masker, measurer
 
+    norms = measurer(masker(*parts))
     opened, dtype = _opened(), np.float64 if wide else np.float32
 
     def function(arguments):  # type: ignore[no-untyped-def]
@@ -223,14 +239,15 @@ def norms(inputs: Inputs, masks: Masks, block_elems: int, sums: np.ndarray) -> N
     """
     arguments = _arguments(inputs, masks, None, inputs.base_code)
     arguments += [block_elems, np.empty((len(inputs.sources), 2, BLOCK)), sums, sums.shape[0]]
-    call(_norms(inputs.wide), arguments)
+    call(_norms(inputs.wide, masks.parts), arguments)
 
 
 @compiled("void(int64)")
-def _count(wide: bool) -> Any:
+def _count(wide: bool, measures: bool) -> Any:
     from .elements import array
-    from .sparse_loops import count
+    from .sparse_loops import counter
 
+    count = counter(measures)
     opened, dtype = _opened(), np.float64 if wide else np.float32
 
     def function(arguments):  # type: ignore[no-untyped-def]
@@ -272,4 +289,4 @@ def count(
     """
     arguments = _arguments(inputs, masks, None, inputs.base_code)
     arguments += [stage, wanted, len(wanted), bins, bins.shape[1], equal, equal.shape[1]]
-    call(_count(inputs.wide), arguments)
+    call(_count(inputs.wide, masks.measure != MAGNITUDE), arguments)

@@ -12,6 +12,8 @@ Arguments that all loops share are explained in `sparse`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .blocks import loop, magnitude, store, upcast
@@ -109,82 +111,98 @@ def _measure(measure, deltas, n, start, row, factors, keys, mean, spread):
             keys[j] = magnitude(np.float64(deltas[0, j]) * factors[(start + j) // row])
 
 
-@loop
-def _masked(
-    masking, addresses, forms, is_delta, masks, chances, streams, measure, factors, row, offset,
-    start, n, base, deltas, keys, words, items, counts, seen, s,
-):  # fmt: skip
-    """deltas[:, :n] = masked deltas of elements [start, start + n), found `offset` into the tile.
+def masker(cuts: bool, draws: bool, ranks: bool, measures: bool) -> Any:
+    """The loop that forms and masks deltas, with those kinds of masks alone.
 
-    base[:n] = the base's values. Dropped sources are left as they are, and without `masking` the
-    others are too. Returns the top key of what was read.
+    The others are left out of the code, which takes seconds to compile. Only `cuts` is asked
+    together with `measures`.
     """
-    upcast(addresses[0], forms[0], offset, n, base)
-    top = np.uint32(0)
-    for i in range(len(deltas)):
-        kind, value = masks[i, 0], deltas[i]
-        if kind == DROP:
-            continue
-        here = _delta(addresses[i + 1], forms[i + 1], offset, is_delta[i], n, base, value, keys)
-        top = max(top, here)
-        if not masking:
-            continue
-        if kind == CUT:
-            _cut(masks[i], start, n, keys, seen[i], value)
-        elif kind == CHANCE:
-            at = fill_words(streams[i], start, n, words)
-            _take_chance(words[at:], masks[i, 7], n, value)
-        elif kind == RANK:
-            at = fill_words(streams[i], start, n, words)
-            low, span, rescale = chances[i, 0], chances[i, 1], masks[i, 7] != 0
-            keep_by_rank(keys, n, low, span, rescale, words[at:], items[0], items[1], counts, value)
-    if measure != MAGNITUDE and masking and masks[-1, 0] == CUT:
-        _measure(measure, deltas, n, start, row, factors, keys, s[:BLOCK], s[BLOCK:])
+
+    @loop
+    def masked(
+        masking, addresses, forms, is_delta, masks, chances, streams, measure, factors, row, offset,
+        start, n, base, deltas, keys, words, items, counts, seen, s,
+    ):  # fmt: skip
+        """deltas[:, :n] = masked deltas of elements [start, start + n), `offset` into the tile.
+
+        base[:n] = the base's values. Dropped sources are left as they are, and without `masking`
+        the others are too. Returns the top key of what was read.
+        """
+        upcast(addresses[0], forms[0], offset, n, base)
+        top = np.uint32(0)
         for i in range(len(deltas)):
-            _cut(masks[-1], start, n, keys, seen[i], deltas[i])
-    return top
-
-
-@loop
-def merge(
-    addresses, forms, is_delta, masks, chances, streams, measure, factors, row, width, start, elems,
-    multipliers, votes, divisors, consensus, divide, zero_is_positive, scale,
-    base, deltas, keys, words, items, counts, seen, s,
-):  # fmt: skip
-    """The fused merge; True if an input or output is not finite."""
-    last = len(addresses) - 1
-    zero, factor = s.dtype.type(0), s.dtype.type(scale)
-    nonfinite = False
-    for number in range((elems + width - 1) // width):  # a step must be a constant here
-        first = number * width
-        segment = min(width, elems - first)
-        top = _masked(
-            True, addresses, forms, is_delta, masks, chances, streams, measure, factors, row, first,
-            start + first, segment, base, deltas, keys, words, items, counts, seen, s,
-        )  # fmt: skip
-        nonfinite |= top >= _INFINITY
-        for begin in range(0, segment, BLOCK):
-            n = min(BLOCK, segment - begin)
-            for j in range(5 * BLOCK):
-                s[j] = zero
+            kind, value = masks[i, 0], deltas[i]
+            if kind == DROP:
+                continue
+            here = _delta(addresses[i + 1], forms[i + 1], offset, is_delta[i], n, base, value, keys)
+            top = max(top, here)
+            if not masking:
+                continue
+            if cuts and kind == CUT:
+                _cut(masks[i], start, n, keys, seen[i], value)
+            elif draws and kind == CHANCE:
+                at = fill_words(streams[i], start, n, words)
+                _take_chance(words[at:], masks[i, 7], n, value)
+            elif ranks and kind == RANK:
+                at = fill_words(streams[i], start, n, words)
+                low, span, rescale = chances[i, 0], chances[i, 1], masks[i, 7] != 0
+                keep_by_rank(
+                    keys, n, low, span, rescale, words[at:], items[0], items[1], counts, value
+                )
+        if measures and measure != MAGNITUDE and masking and masks[-1, 0] == CUT:
+            _measure(measure, deltas, n, start, row, factors, keys, s[:BLOCK], s[BLOCK:])
             for i in range(len(deltas)):
-                if masks[i, 0] == DROP:
-                    continue
-                value = deltas[i][begin:]
-                m = s.dtype.type(multipliers[i])
-                if consensus == NO_CONSENSUS:
-                    for j in range(n):
-                        s[j] = s[j] + m * value[j]
-                else:
-                    v, d = s.dtype.type(votes[i]), s.dtype.type(divisors[i])
-                    _add_by_sign(value, n, m, v, d, consensus == COUNT, s)
-            if consensus != NO_CONSENSUS:
-                _elect(n, zero_is_positive, divide, factor, s)
-            old = base[begin:]
-            for j in range(n):
-                s[5 * BLOCK + j] = old[j] if s[j] == zero else old[j] + s[j]
-            nonfinite |= store(s[5 * BLOCK :], addresses[last], forms[last], first + begin, n)
-    return nonfinite
+                _cut(masks[-1], start, n, keys, seen[i], deltas[i])
+        return top
+
+    return masked
+
+
+def merger(masked: Any) -> Any:
+    """The loop of `sparse.merge`."""
+
+    @loop
+    def merge(
+        addresses, forms, is_delta, masks, chances, streams, measure, factors, row, width, start,
+        elems, multipliers, votes, divisors, consensus, divide, zero_is_positive, scale,
+        base, deltas, keys, words, items, counts, seen, s,
+    ):  # fmt: skip
+        """The fused merge; True if an input or output is not finite."""
+        last = len(addresses) - 1
+        zero, factor = s.dtype.type(0), s.dtype.type(scale)
+        nonfinite = False
+        for number in range((elems + width - 1) // width):  # a step must be a constant here
+            first = number * width
+            segment = min(width, elems - first)
+            top = masked(
+                True, addresses, forms, is_delta, masks, chances, streams, measure, factors, row,
+                first, start + first, segment, base, deltas, keys, words, items, counts, seen, s,
+            )  # fmt: skip
+            nonfinite |= top >= _INFINITY
+            for begin in range(0, segment, BLOCK):
+                n = min(BLOCK, segment - begin)
+                for j in range(5 * BLOCK):
+                    s[j] = zero
+                for i in range(len(deltas)):
+                    if masks[i, 0] == DROP:
+                        continue
+                    value = deltas[i][begin:]
+                    m = s.dtype.type(multipliers[i])
+                    if consensus == NO_CONSENSUS:
+                        for j in range(n):
+                            s[j] = s[j] + m * value[j]
+                    else:
+                        v, d = s.dtype.type(votes[i]), s.dtype.type(divisors[i])
+                        _add_by_sign(value, n, m, v, d, consensus == COUNT, s)
+                if consensus != NO_CONSENSUS:
+                    _elect(n, zero_is_positive, divide, factor, s)
+                old = base[begin:]
+                for j in range(n):
+                    s[5 * BLOCK + j] = old[j] if s[j] == zero else old[j] + s[j]
+                nonfinite |= store(s[5 * BLOCK :], addresses[last], forms[last], first + begin, n)
+        return nonfinite
+
+    return merge
 
 
 @loop
@@ -229,44 +247,52 @@ def _elect(n, zero_is_positive, divide, factor, s):
         s[j] = s[j] * factor
 
 
-@loop
-def norms(
-    addresses, forms, is_delta, masks, chances, streams, measure, factors, row, width, start, elems,
-    block_elems, base, deltas, keys, words, items, counts, seen, s, lanes, sums,
-):  # fmt: skip
-    """sums[block, i] = (sum |delta_i|, sum |masked delta_i|, sum masked delta_i**2), in fp64.
+def measurer(masked: Any) -> Any:
+    """The loop of `sparse.norms`."""
 
-    Blocks of `block_elems` elements are counted from the tensor's start; a tile holds whole ones.
-    lanes: (sources, 2, BLOCK) fp64 of scratch.
-    """
-    for masking in range(2):
-        for number in range((elems + width - 1) // width):
-            first = number * width
-            n = min(width, elems - first)
-            _masked(
-                masking != 0, addresses, forms, is_delta, masks, chances, streams, measure, factors,
-                row, first, start + first, n, base, deltas, keys, words, items, counts, seen, s,
-            )  # fmt: skip
-            block = (start + first) // block_elems
-            begins = (start + first) % block_elems == 0
-            ends = (start + first + n) % block_elems == 0 or first + n == elems
-            for i in range(len(deltas)):
-                if masks[i, 0] == DROP:
-                    continue
-                if begins:
-                    for j in range(BLOCK):
-                        lanes[i, 0, j] = 0.0
-                        lanes[i, 1, j] = 0.0
-                for begin in range(0, n, BLOCK):
-                    _add_norms(deltas[i][begin:], min(BLOCK, n - begin), lanes[i, 0], lanes[i, 1])
-                if ends:
-                    absolute, square = 0.0, 0.0
-                    for j in range(BLOCK):
-                        absolute += lanes[i, 0, j]
-                        square += lanes[i, 1, j]
-                    sums[block, i, masking] = absolute
-                    if masking:
-                        sums[block, i, 2] = square
+    @loop
+    def norms(
+        addresses, forms, is_delta, masks, chances, streams, measure, factors, row, width, start,
+        elems, block_elems, base, deltas, keys, words, items, counts, seen, s, lanes, sums,
+    ):  # fmt: skip
+        """sums[block, i] = fp64 (sum |delta_i|, sum |masked delta_i|, sum masked delta_i**2).
+
+        Blocks of `block_elems` elements are counted from the tensor's start; a tile holds whole
+        ones. lanes: (sources, 2, BLOCK) fp64 of scratch.
+        """
+        for masking in range(2):
+            for number in range((elems + width - 1) // width):
+                first = number * width
+                n = min(width, elems - first)
+                masked(
+                    masking != 0, addresses, forms, is_delta, masks, chances, streams, measure,
+                    factors, row, first, start + first, n, base, deltas, keys, words, items, counts,
+                    seen, s,
+                )  # fmt: skip
+                block = (start + first) // block_elems
+                begins = (start + first) % block_elems == 0
+                ends = (start + first + n) % block_elems == 0 or first + n == elems
+                for i in range(len(deltas)):
+                    if masks[i, 0] == DROP:
+                        continue
+                    if begins:
+                        for j in range(BLOCK):
+                            lanes[i, 0, j] = 0.0
+                            lanes[i, 1, j] = 0.0
+                    for begin in range(0, n, BLOCK):
+                        _add_norms(
+                            deltas[i][begin:], min(BLOCK, n - begin), lanes[i, 0], lanes[i, 1]
+                        )
+                    if ends:
+                        absolute, square = 0.0, 0.0
+                        for j in range(BLOCK):
+                            absolute += lanes[i, 0, j]
+                            square += lanes[i, 1, j]
+                        sums[block, i, masking] = absolute
+                        if masking:
+                            sums[block, i, 2] = square
+
+    return norms
 
 
 @loop
@@ -278,57 +304,64 @@ def _add_norms(value, n, absolute, square):
         square[j] = square[j] + x * x
 
 
-@loop
-def count(
-    addresses, forms, is_delta, measure, factors, row, start, elems, stage, wanted, bins, equal,
-    base, deltas, keys, s,
-):  # fmt: skip
-    """Count magnitudes of a tile: the stage `sparse.count` says."""
-    streams = len(deltas) if measure == MAGNITUDE else 1
-    for first in range(0, elems, BLOCK):
-        n = min(BLOCK, elems - first)
-        upcast(addresses[0], forms[0], first, n, base)
-        if measure != MAGNITUDE:
-            for i in range(len(deltas)):
-                _delta(
-                    addresses[i + 1],
-                    forms[i + 1],
-                    first,
-                    is_delta[i],
-                    n,
-                    base,
-                    deltas[i],
-                    keys,
-                )
-            _measure(measure, deltas, n, start + first, row, factors, keys, s[:BLOCK], s[BLOCK:])
-        for stream in range(streams):
-            ready = measure != MAGNITUDE
-            for k in range(len(wanted)):
-                if wanted[k, 0] != stream:
-                    continue
-                if not ready:
-                    i = stream + 1
+def counter(measures: bool) -> Any:
+    """The loop of `sparse.count`, for measures other than the magnitude as well."""
+
+    @loop
+    def count(
+        addresses, forms, is_delta, measure, factors, row, start, elems, stage, wanted, bins, equal,
+        base, deltas, keys, s,
+    ):  # fmt: skip
+        """Count magnitudes of a tile: the stage `sparse.count` says."""
+        streams = len(deltas) if not measures or measure == MAGNITUDE else 1
+        for first in range(0, elems, BLOCK):
+            n = min(BLOCK, elems - first)
+            upcast(addresses[0], forms[0], first, n, base)
+            if measures and measure != MAGNITUDE:
+                for i in range(len(deltas)):
                     _delta(
-                        addresses[i],
-                        forms[i],
+                        addresses[i + 1],
+                        forms[i + 1],
                         first,
-                        is_delta[stream],
+                        is_delta[i],
                         n,
                         base,
-                        deltas[0],
+                        deltas[i],
                         keys,
                     )
-                    ready = True
-                if stage == 0:
-                    _count_high(keys, n, bins[k])
-                    continue
-                found = (
-                    _count_low(keys, n, wanted[k, 1], bins[k])
-                    if stage == 1
-                    else _count_equal(keys, n, wanted[k, 1])
+                _measure(
+                    measure, deltas, n, start + first, row, factors, keys, s[:BLOCK], s[BLOCK:]
                 )
-                if equal.shape[1] > 0:
-                    equal[k, (start + first) // GRANULE] += found
+            for stream in range(streams):
+                ready = measures and measure != MAGNITUDE
+                for k in range(len(wanted)):
+                    if wanted[k, 0] != stream:
+                        continue
+                    if not ready:
+                        i = stream + 1
+                        _delta(
+                            addresses[i],
+                            forms[i],
+                            first,
+                            is_delta[stream],
+                            n,
+                            base,
+                            deltas[0],
+                            keys,
+                        )
+                        ready = True
+                    if stage == 0:
+                        _count_high(keys, n, bins[k])
+                        continue
+                    found = (
+                        _count_low(keys, n, wanted[k, 1], bins[k])
+                        if stage == 1
+                        else _count_equal(keys, n, wanted[k, 1])
+                    )
+                    if equal.shape[1] > 0:
+                        equal[k, (start + first) // GRANULE] += found
+
+    return count
 
 
 @loop

@@ -93,7 +93,7 @@ class LowRank:
         right: the other factor, [r, columns].
     """
 
-    dtype, is_delta = DType.F32, True
+    dtype, is_delta, note = DType.F32, True, "low-rank"
     reads = ()  # factors are here when they are opened
 
     def __init__(
@@ -130,7 +130,7 @@ class LowRank:
 class Adapted:
     """An operand: a model's tensor with a low-rank delta added, theta + tau, in fp32."""
 
-    dtype, is_delta = DType.F32, False
+    dtype, is_delta, note = DType.F32, False, "low-rank"
 
     def __init__(self, model: Operand, delta: LowRank) -> None:
         self.model, self.delta, self.shape = model, delta, model.shape

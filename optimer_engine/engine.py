@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from optimer_engine import ops
 from optimer_engine.errors import MemoryLimitError, MismatchError, NonFiniteError
@@ -34,6 +34,7 @@ def merge(
     max_shard_size: int | str | None = None,
     compat: str | None = None,
     seed: int | None = None,
+    rounding: Literal["nearest", "stochastic"] | None = None,
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
     backend: ReadBackend = "pread",
@@ -53,7 +54,7 @@ def merge(
         discard: start afresh instead of continuing.
         part: (i, n) to write only the i-th of n parts, counted from 1; n runs, on any machines that
             share the disk, make one output, and the one that ends last publishes it.
-        max_shard_size, compat, seed: see `planner.plan`.
+        max_shard_size, compat, seed, rounding: see `planner.plan`.
         backend: how inputs are read: "pread", or "mmap" (see `checkpoint`), or "kvikio" straight
             into GPU memory.
         device, resident_mem: where it is merged, see `planner.plan`; the bytes are the same, but
@@ -73,6 +74,7 @@ def merge(
         max_shard_size=max_shard_size,
         compat=compat,
         seed=seed,
+        rounding=rounding,
         part=part,
         backend=backend,
         whole=False,

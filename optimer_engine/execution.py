@@ -360,7 +360,8 @@ class Execution:
         bad = False
         for info, first, low, high in run.parts(start, stop):
             part = slice(low - start, high - start)
-            key = random_stream(self.plan.rounding_seed or 0, "rounding", info.name)
+            # No source has this name, so that no mask is drawn from the same numbers.
+            key = random_stream(self.plan.rounding_seed or 0, "\0rounding", info.name)
             bad |= ops.round_stochastically(computed[part], out[part], first, key)
         return bad
 

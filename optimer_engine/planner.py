@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from optimer_engine import methods
 from optimer_engine.alignment import align
 from optimer_engine.checkpoint import ADAPTER, MODEL, VECTOR, Backend, Checkpoint
 from optimer_engine.downloads import check_limit
 from optimer_engine.errors import MismatchError, RecipeError
 from optimer_engine.hub import locate
 from optimer_engine.layout import lay_out
+from optimer_engine.operands import Stored
 from optimer_engine.plans import (
     MEM_LIMIT,
     TILE_BYTES,
@@ -37,10 +37,10 @@ from optimer_engine.plans import (
 from optimer_engine.quantized import refuse_packed
 from optimer_engine.recipe import Recipe, Source, decode, read_yaml
 from optimer_engine.remote import open_checkpoint
-from optimer_engine.runs import DIFFERENCE, Row, Treatment, anchored, fold
+from optimer_engine.runs import DIFFERENCE, JOINED, Row, Treatment, anchored, fold
 from optimer_engine.suspicions import suspicions
 from optimer_engine.tensor_recipe import Settings
-from optimer_engine.types import DType, parse_bytes
+from optimer_engine.types import DType, TensorInfo, parse_bytes
 
 ReadBackend = Literal["pread", "mmap", "kvikio"]
 
@@ -58,6 +58,7 @@ def plan(
     max_shard_size: int | str | None = None,
     compat: str | None = None,
     seed: int | None = None,
+    rounding: Literal["nearest", "stochastic"] | None = None,
     part: tuple[int, int] = (1, 1),
     backend: ReadBackend = "pread",
     whole: bool = True,
@@ -75,6 +76,7 @@ def plan(
         max_shard_size: bytes per output file, in place of the recipe's.
         compat: "mergekit" for what mergekit computes where it departs from a method's paper.
         seed: of random masks and stochastic rounding, in place of the recipe's.
+        rounding: in place of the recipe's; mergekit's files cannot say it.
         part: (i, n): plan only the i-th of n parts of the output, counted from 1.
         backend: how the inputs are read, see `checkpoint`; or "kvikio", into GPU memory directly.
         device: "cpu"; "cuda" for all GPUs, "cuda:0,1" for some; "auto" for GPUs if there are any,
@@ -100,7 +102,7 @@ def plan(
     workers = devices.workers if devices else available_cores()
     spare = available_cores() if threads is None and devices is None else 0
     threads = threads or workers
-    given = {"max_shard_size": max_shard_size, "compat": compat, "seed": seed}
+    given = {"max_shard_size": max_shard_size, "compat": compat, "seed": seed, "rounding": rounding}
     options = {key: value for key, value in given.items() if value is not None}
     if isinstance(recipe, Recipe):
         made = _plan_recipe(_with_options(recipe, options), every_source, whole, read_by)
@@ -156,9 +158,7 @@ def _on_gpus(made: Plan, devices: Devices, device: str) -> Plan:
 
 def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     changed = {key: value for key, value in options.items() if key != "compat"}
-    asked = {key: value for key, value in options.items() if key != "max_shard_size"}
-    known = {"compat", *methods.get(recipe.method).parameters}
-    shared = {key: value for key, value in asked.items() if key in known}
+    shared = {key: value for key, value in options.items() if key == "compat"}
     parameters = {**recipe.parameters, **shared}
     return msgspec.structs.replace(recipe, **changed, parameters=parameters)
 
@@ -201,10 +201,13 @@ def _plan_recipe(recipe: Recipe, every_source: bool, whole: bool, backend: Backe
             refuse_packed(opened, source.model)
     names = [source.name for source in recipe.sources]
     out_dtype = DType.parse(recipe.out_dtype) if recipe.out_dtype else None
-    rows, warnings = align(base, list(zip(names, sources, strict=True)), out_dtype, recipe.rows)
-    warnings += suspicions(base, list(zip(names, sources, strict=True)), out_dtype)
+    named = list(zip(names, sources, strict=True))
+    rows, warnings, files, omitted = align(base, named, out_dtype, recipe.rows, recipe.vocabulary)
+    warnings += suspicions(base, named, out_dtype)
     unfolded = treatment_of(recipe)
     treatment = fold(unfolded)
+    if recipe.method not in JOINED:
+        rows = [_unmoved(row, (base, *sources)) for row in rows]
     return Plan(
         _pinned(recipe, (base, *sources)),
         (base, *sources),
@@ -215,8 +218,25 @@ def _plan_recipe(recipe: Recipe, every_source: bool, whole: bool, backend: Backe
         1,
         TILE_BYTES,
         warnings=tuple(warnings),
-        files=_changed_config(base, out_dtype, rows),
+        files={**files, **_changed_config(base, out_dtype, rows)},
+        omitted=omitted,
     )
+
+
+def _unmoved(row: Row, checkpoints: Sequence[Checkpoint | None]) -> Row:
+    """The row with the base's tensor for sources that leave it alone, where others do not.
+
+    A weighted sum of deltas may leave them out; other methods count their inputs.
+    """
+    base, *given = row.inputs
+    missing = [g is None and c is not None for g, c in zip(given, checkpoints[1:], strict=True)]
+    if not any(missing) or not any(g is not None for g in given):
+        return row
+    if isinstance(base, TensorInfo):
+        assert checkpoints[0] is not None
+        base = Stored(checkpoints[0], base, False)
+    inputs = [base if lacks else g for lacks, g in zip(missing, given, strict=True)]
+    return msgspec.structs.replace(row, inputs=(row.inputs[0], *inputs))
 
 
 def _pinned(recipe: Recipe, opened: Sequence[Checkpoint | None]) -> Recipe:
@@ -325,8 +345,8 @@ def plan_difference(
     opened = open_checkpoint(recipe.base), open_checkpoint(str(trained))
     for checkpoint, name in zip(opened, (base, trained), strict=True):
         _require_model(checkpoint, str(name))
-    rows, warnings = align(opened[0], [("trained", opened[1])], DType.parse(dtype))
-    kept = tuple(row for row in rows if row.out.dtype.mergeable)
+    rows, warnings, *_ = align(opened[0], [("trained", opened[1])], DType.parse(dtype))
+    kept = tuple(row for row in rows if row.out.dtype.mergeable and row.inputs[1] is not None)
     header = {
         **(metadata or {}),
         **_FROM_TORCH,

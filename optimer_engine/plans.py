@@ -139,15 +139,11 @@ class Plan:
 
         With GPUs a thread's buffers are pinned: `pinned_mem_bytes` is a part of this.
         """
-        computed = (
-            sum(i.scratch_bytes(self.tile_bytes) for i in row.inputs if _computes(i))
-            for row in self.rows
-        )
         rows, row_bytes = self.ring_shape
         ring_bytes = rows * row_bytes
         if ring_bytes >= HUGE_PAGES_FROM_BYTES and self.devices is None:
             ring_bytes += HUGE_PAGE_BYTES
-        per_thread = ring_bytes + max(computed, default=0)
+        per_thread = ring_bytes + self._scratch_bytes()
         shared, threads = 0, self.threads + self.spare_threads
         for run in self._method_runs():
             assert run.method is not None
@@ -158,6 +154,13 @@ class Plan:
         # A job's last tiles overlap the next one's first: two statistics may be held at once.
         downloads = memory_bytes(self.checkpoints)
         return threads * per_thread + 2 * shared + bookkeeping + downloads
+
+    def _scratch_bytes(self) -> int:
+        """What a thread needs for operands that compute their elements, at most."""
+        if not any(_computes(given) for row in self.rows for given in row.inputs):
+            return 0
+        tiles = ((run, min(run.elems, run.tile_elems(self.tile_bytes))) for run in self.runs())
+        return max(sum(o.scratch_bytes(elems) for o in run.operands) for run, elems in tiles)
 
     @property
     def pinned_mem_bytes(self) -> int:
@@ -244,10 +247,12 @@ class Plan:
     @property
     def rounding_seed(self) -> int | None:
         """The seed of stochastic rounding; None where results go to the nearest."""
-        recipe = self.recipe
-        if isinstance(recipe, Recipe) and recipe.rounding == "stochastic":
-            return recipe.seed
-        return None
+        rounding: str | None
+        if isinstance(self.recipe, Recipe):
+            rounding, seed = self.recipe.rounding, self.recipe.seed
+        else:
+            rounding, seed = self.options.get("rounding"), self.options.get("seed", 0)
+        return seed if rounding == "stochastic" else None
 
     def run(
         self, sink: Sink, *, threads: int | None = None, callbacks: Sequence[Callback] = ()
@@ -276,6 +281,15 @@ class Plan:
 def treatment_of(recipe: Recipe) -> Treatment:
     """The recipe's method over the base (checkpoint 0) and the sources (1, 2, ...)."""
     method = methods.get(recipe.method)
+    shared, own_parameters = dict(recipe.parameters), [s.parameters for s in recipe.sources]
+    if "seed" in method.parameters:
+        if any("seed" in parameters for parameters in (shared, *own_parameters)):
+            raise RecipeError(
+                "is no parameter of a method: one seed decides all that is left to chance",
+                where="parameters.seed",
+                todo="write seed: at the top of the recipe",
+            )
+        shared["seed"] = recipe.seed
     given = []
     for source in recipe.sources:
         own: dict[str, Any] = {}
@@ -284,7 +298,7 @@ def treatment_of(recipe: Recipe) -> Treatment:
         if "stream" in method.parameters:
             own["stream"] = source.name  # its mask does not depend on the other sources
         given.append({**own, **source.parameters})
-    settings = method.settings(recipe.parameters, given)
+    settings = method.settings(shared, given)
     return Treatment(recipe.method, settings, tuple(range(len(given) + 1)), method.skips_zero)
 
 

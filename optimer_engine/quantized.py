@@ -23,7 +23,7 @@ class Dequantized:
             scale[r // height, c // width].
     """
 
-    dtype = DType.F32
+    dtype, note = DType.F32, "fp8 times scale"
 
     def __init__(self, stored: Stored, scale: np.ndarray, block: tuple[int, int]) -> None:
         self.stored, self.scale, self.block = stored, scale, block

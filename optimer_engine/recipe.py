@@ -74,8 +74,10 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         max_shard_size: bytes of tensor data per output file, an int or text such as "5GB".
         method: a name in `optimer_engine.methods`; `parameters`: its settings.
         rounding: "nearest", or "stochastic" for bfloat16 outputs: unbiased, so that deltas too
-            small for the grid survive on average; `seed` decides by what chance.
-        rows: "strict", "common" or "pad": embeddings of other sizes, see `alignment.RowRule`.
+            small for the grid survive on average.
+        seed: of all that is left to chance, the masks of methods and stochastic rounding.
+        rows: "strict", "common", "pad" or "by_token": other vocabularies, see `alignment.RowRule`.
+        vocabulary: of the output under "by_token": the "union" of all, or the "base"'s.
     """
 
     base: str
@@ -85,7 +87,8 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     max_shard_size: int | str = "5GB"
     method: str = "task_arithmetic"
     parameters: dict[str, Any] = {}
-    rows: Literal["strict", "common", "pad"] = "strict"
+    rows: Literal["strict", "common", "pad", "by_token"] = "strict"
+    vocabulary: Literal["union", "base"] = "union"
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: int = 0
 
@@ -111,6 +114,12 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
                     where=quoted(model),
                     todo="rename the folder, or link to it under a name in UTF-8",
                 )
+        if self.vocabulary != "union" and self.rows != "by_token":
+            raise RecipeError(
+                "is only looked at where rows are aligned by token",
+                where="vocabulary",
+                todo="write rows: by_token, or leave it out",
+            )
         if self.out_dtype is not None:
             DType.parse(self.out_dtype)
         parse_bytes(self.max_shard_size)
@@ -138,7 +147,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         """Plain data in canonical key order, without keys that are empty or None."""
         data = msgspec.to_builtins(self)
         data["sources"] = [_without_empty(source) for source in data["sources"]]
-        for key in ("method", "rows", "rounding", "seed"):
+        for key in ("method", "rows", "vocabulary", "rounding", "seed"):
             if data[key] == _DEFAULTS[key]:
                 del data[key]
         return _without_empty(data)

@@ -21,6 +21,8 @@ class Resized:
         base_dtype: of the base, whose rows may be needed.
     """
 
+    note = "other rows than stored"
+
     def __init__(
         self, tensor: Operand, rows: int, base_dtype: DType, beyond: Operand | None = None
     ) -> None:

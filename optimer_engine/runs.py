@@ -239,6 +239,8 @@ def _run(
     copied = base is not None and (
         not base.dtype.mergeable or (not sources and out.dtype == base.dtype)
     )
+    if base is not None and not sources and treatment.method not in JOINED:
+        treatment = Treatment("task_arithmetic", Settings(), treatment.checkpoints[:1])
     tensors = tuple(row.out for row in group)
     computed = DType.F32 if stochastic and out.dtype is DType.BF16 and not copied else out.dtype
     return Run(

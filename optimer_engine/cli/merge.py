@@ -35,7 +35,12 @@ if TYPE_CHECKING:
     type=click.Choice(["mergekit", "paper"]),
     help="Whose definition of a method holds where they differ; default: the paper's.",
 )
-@click.option("--seed", type=int, help="Of random masks; default 0.")
+@click.option("--seed", type=int, help="Of random masks and rounding; default 0.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    help="To bf16; stochastic keeps small deltas on average.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--discard", is_flag=True, help="Start afresh; default: continue if interrupted.")
 @click.option("--mem-limit", default="512MiB", show_default=True, help="Beyond the interpreter.")
@@ -63,6 +68,7 @@ def command(
     max_shard_size: str | None,
     compat: str | None,
     seed: int | None,
+    rounding: str | None,
     dry_run: bool,
     discard: bool,
     mem_limit: str,
@@ -98,7 +104,7 @@ def command(
         )
     options: dict[str, Any] = {"mem_limit": mem_limit, "max_shard_size": max_shard_size}
     options |= {"threads": threads, "backend": read_backend, "compat": compat, "seed": seed}
-    options |= {"disk_limit": disk_limit, "device": device}
+    options |= {"rounding": rounding, "disk_limit": disk_limit, "device": device}
     options["resident_mem"] = resident_mem(device, storage_device)
     wanted: Recipe | MergekitConfig
     if recipe is not None:

@@ -53,24 +53,55 @@ def command(
 def explanation(found: dict[str, Any]) -> str:
     """The facts of a plan as lines of text."""
     lines = [
-        f"{key.removesuffix('_bytes').replace('_', ' '):>14}: {_shown(key, value)}"
+        _line(_TITLES.get(key, key), _shown(key, value))
         for key, value in found.items()
-        if key != "groups"
+        if key not in ("groups", "models", "methods", "warnings")
     ]
-    if len(found["groups"]) > 1:
-        lines += [
-            f"{group['tensors']} tensors, {format_bytes(group['read_bytes'])} in,"
-            f" {format_bytes(group['write_bytes'])} out: {group['formula']}"
-            for group in found["groups"]
-        ]
+    models = [f"{label} = {name}" for label, name in found["models"].items() if label != name]
+    methods = [f"{name}: {formula}" for name, formula in found["methods"].items() if formula]
+    for title, entries in (
+        ("models", models), ("methods", methods), ("warnings", found["warnings"] or ["none"]),
+    ):  # fmt: skip
+        lines += [_line(title if at == 0 else "", entry) for at, entry in enumerate(entries)]
+    groups = found["groups"]
+    for group in groups[:MOST_GROUPS] if len(groups) > 1 else []:
+        lines += ["", *_group(group)]
+    if len(groups) > MOST_GROUPS:
+        lines += ["", f"and {len(groups) - MOST_GROUPS} more groups; --json has them all"]
     return "\n".join(lines)
+
+
+def _line(title: str, text: str) -> str:
+    return f"{title:>12}{':' if title else ' '} {text}"
+
+
+def _group(group: dict[str, Any]) -> list[str]:
+    which = group["first"]
+    if group["tensors"] > 1:
+        which = f"{group['tensors']} tensors, {group['first']} ... {group['last']}"
+    again = f" ({group['readings']} readings)" if group["readings"] > 1 else ""
+    parts = [
+        f"{format_bytes(group['read_bytes'])} in{again}",
+        f"{format_bytes(group['write_bytes'])} out",
+        *([f"{format_bytes(group['memory_bytes'])} held"] if group["memory_bytes"] else []),
+        f"{group['seconds']:.3g} s",
+    ]
+    return [f"{which}: {', '.join(parts)}", f"    {group['formula']}"]
 
 
 def _shown(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
         return format_bytes(value)
     if key == "seconds":
-        return f"about {value:.3g}, from a sample of the inputs"
+        return f"about {value:.3g} s, from a sample of the inputs"
     if key == "files" and len(value) > 3:
-        return f"{value[0]} ... {value[-1]}"
+        return f"{len(value)}, {value[0]} ... {value[-1]}"
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+_TITLES = {
+    "read_bytes": "reads", "write_bytes": "writes", "disk_bytes": "needs disk",
+    "download_bytes": "downloads", "least_disk_limit_bytes": "at a time", "memory_bytes": "memory",
+    "seconds": "time", "tile_bytes": "tile",
+}  # fmt: skip
+MOST_GROUPS = 40

@@ -9,7 +9,12 @@ from typing import Any
 from optimer_engine.checkpoint import Checkpoint
 from optimer_engine.errors import MismatchError, RecipeError, quoted
 from optimer_engine.mergekit.config import MergekitConfig
-from optimer_engine.mergekit.names import (
+from optimer_engine.mergekit.precedence import base_place, tensor_settings
+from optimer_engine.mergekit.reference import ModelRef
+from optimer_engine.mergekit.rowmap import RowMap
+from optimer_engine.mergekit.slices import Module, Slice, Source
+from optimer_engine.mergekit.tokenizer import TokenizerPlan
+from optimer_engine.names import (
     HEAD,
     Names,
     comes_first,
@@ -18,11 +23,6 @@ from optimer_engine.mergekit.names import (
     is_vocabulary,
     layer,
 )
-from optimer_engine.mergekit.precedence import base_place, tensor_settings
-from optimer_engine.mergekit.reference import ModelRef
-from optimer_engine.mergekit.rowmap import RowMap
-from optimer_engine.mergekit.slices import Module, Slice, Source
-from optimer_engine.mergekit.tokenizer import TokenizerPlan
 from optimer_engine.tensor_recipe import Ref, Settings, TensorRecipe
 from optimer_engine.types import DType, TensorInfo
 

@@ -134,6 +134,8 @@ def _resolve(document: schema.Document) -> MergekitConfig:
             todo=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(SIGNATURES)}",
         )
     reader = SliceReader(document, signature)
+    if document.name is not None:
+        reader.warnings.append("name changes nothing: it is for files of several documents")
     modules = document.modules or {"": schema.Module(document.slices, document.models)}
     return MergekitConfig(
         document.merge_method,

@@ -20,14 +20,19 @@ from optimer_engine.checkpoint import MODEL, Checkpoint
 from optimer_engine.errors import CheckpointError, MismatchError, RecipeError, quoted
 from optimer_engine.mergekit.assembly import Assembly
 from optimer_engine.mergekit.config import MergekitConfig
-from optimer_engine.mergekit.names import HEAD, Names, is_multimodal
 from optimer_engine.mergekit.outconfig import OutConfig
 from optimer_engine.mergekit.precedence import filters
 from optimer_engine.mergekit.reference import ModelRef
 from optimer_engine.mergekit.rowmap import RowMap
 from optimer_engine.mergekit.templates import choose_template
-from optimer_engine.mergekit.tokenizer import TokenizerPlan, build_tokenizer
+from optimer_engine.mergekit.tokenizer import (
+    TokenizerPlan,
+    build_tokenizer,
+    changed_files,
+    vocab_size,
+)
 from optimer_engine.mergekit.tokenizer_json import TOKENIZER_FILES, dump_json
+from optimer_engine.names import HEAD, Names, is_multimodal
 from optimer_engine.tensor_recipe import TensorRecipe
 from optimer_engine.types import DType
 
@@ -96,7 +101,7 @@ def expand(
             models,
             donor,
             {**folders, **(tokenizer_folders or {})},
-            [_vocab_size(checkpoint.config) for checkpoint in opened],
+            [vocab_size(checkpoint.config) for checkpoint in opened],
         )
     names = tuple(Names.of(checkpoint) for checkpoint in opened)
     assembly = Assembly(config, models, opened, names, donor, vocabulary)
@@ -127,14 +132,6 @@ def expand(
         omitted,
         (*config.warnings, *assembly.warnings, *dict.fromkeys(noticed)),
     )
-
-
-def _vocab_size(config: dict[str, Any]) -> int | None:
-    inner = config.get("text_config")
-    for level in (config, inner if isinstance(inner, dict) else {}):
-        if isinstance(level.get("vocab_size"), int):
-            return level["vocab_size"]
-    return None
 
 
 def _covered(name: str, config: MergekitConfig, names: tuple[Names, ...]) -> set[str] | None:
@@ -230,6 +227,4 @@ def _tokenizer_files(
             files["tokenizer_config.json"] = dump_json(settings)
             for name in ("chat_template.jinja", "chat_template.json"):
                 files.pop(name, None)
-    same = {name for name, path in present.items() if files.get(name) == path.read_bytes()}
-    omitted = tuple(sorted(present.keys() - files.keys())) if files else ()
-    return {name: data for name, data in files.items() if name not in same}, omitted
+    return changed_files(folder, files)

@@ -36,6 +36,7 @@ class ModelRef:
                     todo="name one adapter; write a path that holds a + as {model: {path: ...}}",
                 )
             return cls(*_path(model, at), *(_path(lora, at) if lora else ()))
+        data = {key: value for key, value in data.items() if value is not None}
         only(data, {"model", "lora"}, at)
         if "model" not in data:
             raise RecipeError("has no key model", where=at)

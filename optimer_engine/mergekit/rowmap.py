@@ -116,16 +116,16 @@ class GatheredRows:
     Args:
         row_map: of the tensor.
         model: the number of the model.
-        matrices: an operand that gives theta (not a delta) for each of `row_map.readers(model)`.
+        matrices: an operand for each of `row_map.readers(model)`: theta, or tau where it is alone.
     """
 
-    is_delta = False
+    note = "rows by token"
 
     def __init__(self, row_map: RowMap, model: int, matrices: Mapping[int, Operand]) -> None:
         self.row_map, self.model, self.matrices = row_map, model, matrices
         used = {matrices[number].dtype for number in row_map.readers(model)}
         self.exact = row_map.is_exact(model) and len(used) == 1
-        self.dtype = matrices[model].dtype
+        self.dtype, self.is_delta = matrices[model].dtype, matrices[model].is_delta
         if not self.exact:
             self.dtype = DType.F64 if DType.F64 in used else DType.F32
         tail = matrices[model].shape[1:]

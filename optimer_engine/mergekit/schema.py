@@ -61,6 +61,7 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     """The whole file."""
 
     merge_method: str
+    name: str | None = None
     models: list[InputModel] | None = None
     slices: list[OutputSlice] | None = None
     modules: dict[str, Module] | None = None

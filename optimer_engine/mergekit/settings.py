@@ -142,6 +142,9 @@ ALL_PARAMETERS = sorted(
 )
 
 
+TOP_KEYS = ("dtype", "out_dtype", "base_model", "tokenizer_source", "tokenizer", "chat_template")
+
+
 @dataclass(frozen=True)
 class Choice:
     """Values along the layers, for tensors whose name holds `filter` (None: every tensor)."""
@@ -216,8 +219,9 @@ def typed(setting: Setting, kind: Kind, at: str) -> Setting:
     )
 
 
-_BOOLS = {"true": True, "yes": True, "on": True, "1": True,
-          "false": False, "no": False, "off": False, "0": False}  # fmt: skip
+_BOOLS = {"true": True, "yes": True, "on": True, "1": True, "1.0": True,
+          "false": False, "no": False, "off": False, "0": False, "0.0": False}  # fmt: skip
+"""mergekit itself writes `normalize: 1.0` into the files beside its outputs."""
 
 
 def _typed(value: Any, kind: Kind, at: str) -> Any:
@@ -267,6 +271,8 @@ def check_parameter(name: str, method: str, signature: Signature, at: str) -> st
         return None
     if name in signature.inert or name in ALL_PARAMETERS:
         return f"{at} changes nothing for {method} (nor in mergekit)"
+    if name in TOP_KEYS:
+        raise RecipeError("is no parameter", where=at, todo=f"write {name} at the top of the file")
     near = difflib.get_close_matches(name, ALL_PARAMETERS, n=1)
     known = sorted({*signature.shared, *signature.per_source})
     raise RecipeError(

@@ -9,14 +9,41 @@ from pathlib import Path
 
 from optimer_engine.errors import CheckpointError, RecipeError
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""The ChatML format: each message between <|im_start|>role and <|im_end|>."""
-
-_BUNDLED_ELSEWHERE = ("alpaca", "exaone", "llama3", "mistral")
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' ~ message['role'] ~ '<|end_header_id|>\n\n' }}"
+        "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{% set ns = namespace(system='') %}{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{% set ns.system = message['content'] ~ '\n\n' %}"
+        "{% elif message['role'] == 'user' %}"
+        "{{ ' [INST] ' ~ ns.system ~ message['content'] ~ ' [/INST]' }}{% set ns.system = '' %}"
+        "{% else %}{{ ' ' ~ message['content'] ~ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "exaone": (
+        "{% if messages[0]['role'] != 'system' %}{{ '[|system|][|endofturn|]\n' }}{% endif %}"
+        "{% for message in messages %}{{ '[|' ~ message['role'] ~ '|]' ~ message['content'] }}"
+        "{{ '\n' if message['role'] == 'user' else '[|endofturn|]\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}[|assistant|]{% endif %}"
+    ),
+    "alpaca": (
+        "{% set titles = {'user': '### Instruction:\n', 'assistant': '### Response:\n', "
+        "'user_context': '### Input:\n'} %}{% for message in messages %}"
+        "{{ titles.get(message['role'], '') ~ message['content'] | trim }}"
+        "{{ '' if loop.last else '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n\n### Response:\n' }}{% endif %}"
+    ),
+}
+"""The formats that mergekit knows by name."""
 
 
 def template_of(folder: Path) -> str | None:
@@ -38,25 +65,21 @@ def template_of(folder: Path) -> str | None:
 def choose_template(asked: str, folders: Iterable[Path]) -> str | None:
     """The text for `chat_template: asked`; None keeps what the tokenizer has.
 
-    "auto" is the template that most models have, among equals the one that stands first.
+    "auto" is the template that most models have, among equals the one that stands first; a name in
+    TEMPLATES is that format; anything else is the text itself.
 
     Raises:
-        RecipeError: for a name whose text is not known here, or a text that is no template.
+        RecipeError: for a text that is no template.
     """
     if asked == "auto":
         found = [t for t in map(template_of, folders) if t is not None]
         return Counter(found).most_common(1)[0][0] if found else None
-    if asked == "chatml":
-        return CHATML
-    if asked in _BUNDLED_ELSEWHERE:
-        raise RecipeError(
-            f"{asked!r} is a template that mergekit brings along and this engine does not",
-            where="chat_template",
-            todo="use auto or chatml, or paste the template's jinja text",
-        )
+    if asked in TEMPLATES:
+        return TEMPLATES[asked]
     if len(asked) < 20 or "{" not in asked:
         raise RecipeError(
-            f"{asked!r} is neither auto, chatml nor a jinja template", where="chat_template"
+            f"{asked!r} is neither auto, {', '.join(TEMPLATES)} nor a jinja template",
+            where="chat_template",
         )
     return asked
 

@@ -176,6 +176,7 @@ def build_tokenizer(
         RecipeError: the tokenizers cannot be put together.
     """
     vocabularies: dict[int, TokenizerFile] = {}
+    read: dict[bytes, TokenizerFile] = {}  # most have the very file of others, a large one
     warnings: list[str] = []
     order = [base, *(number for number in range(len(models)) if number != base)]
     for number in order:
@@ -188,7 +189,7 @@ def build_tokenizer(
                 known.folder, known.data, known.ids, known.limit if size is None else size
             )
             continue
-        vocabularies[number] = TokenizerFile.read(folder, vocab_sizes[number])
+        vocabularies[number] = TokenizerFile.read(folder, vocab_sizes[number], read)
     kept = vocabularies[base]
     data = kept.data
     folder = kept.folder
@@ -209,3 +210,25 @@ def build_tokenizer(
     multiple = asked.pad_to_multiple_of or 1
     rows = -(-size // multiple) * multiple
     return TokenizerPlan(tokens, rows, vocabularies, asked.tokens, models, files, warnings)
+
+
+def changed_files(
+    folder: Path, files: Mapping[str, bytes]
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Of tokenizer files: those that differ from a folder's, and its own that are none of them.
+
+    Without `files` the folder's are kept: ({}, ()).
+    """
+    present = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    same = {name for name, path in present.items() if files.get(name) == path.read_bytes()}
+    omitted = tuple(sorted(present.keys() - files.keys())) if files else ()
+    return {name: data for name, data in files.items() if name not in same}, omitted
+
+
+def vocab_size(config: Mapping[str, Any]) -> int | None:
+    """What config.json says of the number of rows, at its top or of its language model."""
+    inner = config.get("text_config")
+    for level in (config, inner if isinstance(inner, dict) else {}):
+        if isinstance(level.get("vocab_size"), int):
+            return level["vocab_size"]
+    return None

@@ -8,6 +8,7 @@ it numbers the result alike.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,13 @@ class TokenizerFile:
     limit: int
 
     @classmethod
-    def read(cls, folder: Path, rows: int | None) -> TokenizerFile:
+    def read(
+        cls, folder: Path, rows: int | None, known: dict[bytes, TokenizerFile] | None = None
+    ) -> TokenizerFile:
         """From a folder; `rows` is the model's vocab_size where its config tells.
+
+        Args:
+            known: by digest, those read before, whose data is shared.
 
         Raises:
             CheckpointError: when there is none, or it is not as it must be.
@@ -58,6 +64,10 @@ class TokenizerFile:
                 todo="write it with Transformers: AutoTokenizer.from_pretrained(...)"
                 ".save_pretrained(...)",
             )
+        digest = hashlib.sha256(path.read_bytes()).digest()
+        same = (known or {}).get(digest)
+        if same is not None:
+            return cls(folder, same.data, same.ids, len(same.ids) if rows is None else rows)
         data = read_json(path)
         try:
             ids = token_numbers(data)
@@ -65,7 +75,10 @@ class TokenizerFile:
             raise CheckpointError(
                 f"is not a tokenizer as the tokenizers library writes it: {error}", where=str(path)
             ) from error
-        return cls(folder, data, ids, len(ids) if rows is None else rows)
+        found = cls(folder, data, ids, len(ids) if rows is None else rows)
+        if known is not None:
+            known[digest] = found
+        return found
 
     @property
     def added(self) -> list[dict[str, Any]]:

@@ -50,6 +50,10 @@ class _ArceeFusion(Method):
         """A number per row, and histograms."""
         return Memory(8 * blocks(recipe, row_elems(recipe.shape)), 3 * 8 * LOW)
 
+    def readings(self, recipe: TensorRecipe) -> int:
+        """Divergences, two for the quartiles, and the merge."""
+        return 4
+
     def statistics(self, recipe: TensorRecipe) -> Statistics:
         """Divergences of rows, then the quartiles of |delta| times its row's."""
         count = elems(recipe.shape)

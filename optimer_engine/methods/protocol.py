@@ -281,6 +281,10 @@ class Method:
         """An upper bound of what a tile of `elems` elements takes on a GPU beside its operands."""
         return 0
 
+    def readings(self, recipe: TensorRecipe) -> int:
+        """How often the inputs are read at most: the passes of `statistics`, and the merge."""
+        return 1
+
     def statistics(self, recipe: TensorRecipe) -> Statistics:
         """Passes over the tensor; returns the state for `merge`. By default none, and None."""
         return None

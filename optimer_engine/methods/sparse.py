@@ -46,6 +46,9 @@ from optimer_engine.methods.threshold import NOTHING, Cut, Keys, cuts
 from optimer_engine.methods.tiles import CODE, Norms, blocks, inputs, kernels_for
 from optimer_engine.tensor_recipe import Settings, TensorRecipe
 
+_KINDS = {
+    "top": sparse.CUTS, "outliers": sparse.CUTS, "random": sparse.DRAWS, "rank": sparse.RANKS
+}  # fmt: skip
 _CODES = {"none": NO_CONSENSUS, "sum": SUM, "count": COUNT}
 
 _GPU_SCRATCH_BYTES = 16 << 20
@@ -138,6 +141,12 @@ class _Sparse(Method):
         """Histograms; when ranking, what a sort takes, and what is kept of every source."""
         return elems * (40 + 8 * len(recipe.sources)) if self.by_rank else _GPU_SCRATCH_BYTES
 
+    def readings(self, recipe: TensorRecipe) -> int:
+        """One for a random mask, three or four where it has thresholds, one more for norms."""
+        masked = any(0 < density < 1 for density in recipe.settings.column("density"))
+        cut = 3 if self.mask in ("top", "outliers") else 0
+        return 1 + masked * (cut + self._rescales_by_norm(recipe.settings))
+
     def statistics(self, recipe: TensorRecipe) -> Statistics:
         """Thresholds where the mask has one, norms where they rescale."""
         settings = recipe.settings
@@ -168,7 +177,8 @@ class _Sparse(Method):
                     rows[i, 0], rows[i, 7] = RANK, settings["rescale"] and not by_norm
         elif masked:
             yield from self._cut(recipe, masked, rows)
-        masks = sparse.Masks(rows, chances, streams, row=row_elems(recipe.shape))
+        row, kinds = row_elems(recipe.shape), _KINDS[self.mask]
+        masks = sparse.Masks(rows, chances, streams, row=row, kinds=kinds)
         if by_norm and masked:
             norms = yield Norms(recipe, masks, self.unit(recipe))
             least = 1e-7 if settings["compat"] == "mergekit" else 0.0
@@ -231,6 +241,10 @@ class _Sce(Method):
         parts = blocks(recipe)
         return Memory(parts * (8 + 24 * len(recipe.sources)), 8 * LOW)
 
+    def readings(self, recipe: TensorRecipe) -> int:
+        """One for the energies, and three more for a threshold."""
+        return 5 if 0 < recipe.settings["select_topk"] < 1 else 2
+
     def statistics(self, recipe: TensorRecipe) -> Statistics:
         """The threshold of the variance, then the squares of what is left."""
         settings = recipe.settings
@@ -238,7 +252,9 @@ class _Sce(Method):
         mergekit = settings["compat"] == "mergekit"
         rows = np.zeros((n + 1, 8), np.int64)
         rows[:, 0] = KEEP
-        masks = sparse.Masks(rows, np.zeros((n, 2)), np.zeros((n, 4), np.int64), VARIANCE)
+        masks = sparse.Masks(
+            rows, np.zeros((n, 2)), np.zeros((n, 4), np.int64), VARIANCE, kinds=sparse.CUTS
+        )
         if share <= 0 or count == 0:
             rows[:n, 0] = DROP
         elif share < 1:

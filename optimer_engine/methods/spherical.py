@@ -79,6 +79,10 @@ class _Spherical(Method):
             return Memory(pairs * self._row(recipe) * (depth + 16), 0)
         return Memory(3 * pairs * blocks(recipe, self.unit(recipe)), 0)
 
+    def readings(self, recipe: TensorRecipe) -> int:
+        """Products, then the sum."""
+        return 2
+
     def statistics(self, recipe: TensorRecipe) -> Statistics:
         """One pass for the products; the state is a Fold, or an array of weights."""
         along, from_base = self.along(recipe), self._from_base(recipe)

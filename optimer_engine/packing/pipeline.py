@@ -161,7 +161,7 @@ def _pairs(base: Checkpoint, source: Checkpoint) -> tuple[list[Pair], list[str]]
             pair_of(info, Stored(base, info, False), packed.tensors.get(info.name))
             for info in base.tensors.values()
         ], []
-    rows, warnings = align(base, [("source", source)], None)
+    rows, warnings, *_ = align(base, [("source", source)], None)
     pairs = []
     for row in rows:
         info, given = base.tensors[row.out.name], row.inputs[1]
@@ -172,6 +172,8 @@ def _pairs(base: Checkpoint, source: Checkpoint) -> tuple[list[Pair], list[str]]
                 todo="convert base and trained model to bf16 first",
             )
         operand = Stored(source, given, False) if isinstance(given, TensorInfo) else given
+        if operand is None and source.kind == MODEL:  # a part that the source leaves alone
+            operand = Stored(base, info, False)
         pairs.append(pair_of(info, Stored(base, info, False), operand))
     return pairs, warnings
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from benchmarks import agreement
 from optimer_engine import merge, methods
 from optimer_engine.methods import registry
+from optimer_engine.recipe import Recipe, Source
 from tests.contract.test_readme import models  # noqa: F401
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -78,6 +80,17 @@ def test_python(models, own_methods, monkeypatch):  # noqa: F811
         assert torch.equal(page.llm.loaded[name], tensor)
         assert page.sink.squares[name] == pytest.approx(tensor.double().square().sum().item())
     assert (models / "agreed" / "model.safetensors").exists()
+
+
+def test_recipes():
+    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    recipe = Recipe.load(yaml.safe_load(shown))
+    default = Recipe("b", [Source("s", "m")])
+    for key in ("method", "max_shard_size", "rows", "vocabulary", "rounding", "seed"):
+        assert getattr(recipe, key) == getattr(default, key), key
+    assert set(yaml.safe_load(shown)) == set(Recipe.__struct_fields__)
+    assert set(yaml.safe_load(shown)["sources"][0]) == set(Source.__struct_fields__)
 
 
 def test_methods(own_methods, monkeypatch):

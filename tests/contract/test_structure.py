@@ -19,11 +19,12 @@ PACKAGE = ROOT / "optimer_engine"
 # Each module may import only what stands before it.
 ORDER = [
     "redaction", "errors", "durable", "types", "tensor_recipe", "strict_yaml", "recipe",
-    "safetensors_format", "model_folder", "checkpoint", "companions", "network", "hashed",
+    "safetensors_format", "model_folder", "checkpoint", "names", "counterparts", "companions",
+    "network", "hashed",
     "snapshot", "hub", "remote", "downloads", "report", "journal", "events", "progress",
     "methods", "operands", "resized", "quantized", "adapter", "vectors", "runs",
     "ops", "gpu_tiles", "device", "cuda", "mergekit",
-    "alignment", "suspicions", "layout", "lowering", "plans", "planner", "explain",
+    "by_token", "alignment", "suspicions", "layout", "lowering", "plans", "planner", "explain",
     "sink", "kept", "shard_file", "work_folder", "folder_sink",
     "execution", "engine", "iteration", "spread", "verify", "convert", "packing", "inspection",
     "lock", "pool", "search", "train", "demo", "cli",

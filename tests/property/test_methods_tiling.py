@@ -18,11 +18,16 @@ from optimer_engine.types import DType
 
 SHAPES = st.sampled_from(
     [(1,), (70001,), (140000,), (300, 500), (2000, 70), (70, 2000), (40, 9, 400), (66000, 2), (3,)]
+) | st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(1, 700)).map(
+    lambda sizes: tuple(size for size in sizes if size > 4) or (4,)
 )
 
 
 def in_tiles(recipe, base, sources, step, threads):
-    """Merge as an engine does: tiles in a mixed order, on several threads."""
+    """Merge as an engine does: tiles in a mixed order, on several threads.
+
+    sources: (array, dtype, whether it is a delta) of each.
+    """
     method = methods.get(recipe.method)
     count = base.size
     unit = method.unit(recipe)
@@ -30,7 +35,7 @@ def in_tiles(recipe, base, sources, step, threads):
     tiles = [
         Tile(
             recipe, start, stop, Operand(base[start:stop], DType.BF16),
-            tuple(Operand(s[start:stop], DType.BF16) for s in sources),
+            tuple(Operand(s[start:stop], dtype, delta) for s, dtype, delta in sources),
         )
         for start in range(0, count, step)
         for stop in (min(start + step, count),)
@@ -60,9 +65,11 @@ def in_tiles(recipe, base, sources, step, threads):
 @given(
     shape=SHAPES, steps=st.tuples(*[st.sampled_from([2000, 65536, 100_000, 1 << 20])] * 2),
     threads=st.integers(1, 3), compat=st.sampled_from(["paper", "mergekit"]),
-    option=st.integers(0, 2), seed=st.integers(0, 9),
+    option=st.integers(0, 2), seed=st.integers(0, 9), stored=st.booleans(),
 )  # fmt: skip
-def test_tiles_and_threads_do_not_change_bits(name, shape, steps, threads, compat, option, seed):
+def test_tiles_and_threads_do_not_change_bits(
+    name, shape, steps, threads, compat, option, seed, stored
+):
     method = methods.get(name)
     count = method.max_sources or 3
     shared, per_source = {"compat": compat}, [{} for _ in range(count)]
@@ -84,8 +91,10 @@ def test_tiles_and_threads_do_not_change_bits(name, shape, steps, threads, compa
     shared |= switches.get(name, ({}, {}, {}))[option]
     random = np.random.default_rng(seed)
     base = bf16(random.normal(0, 0.02, shape))
-    sources = [bf16(upcast(base, BF16, np.float64) + random.normal(0, 1e-3, base.size))
-               for _ in per_source]  # fmt: skip
+    deltas = [random.normal(0, 1e-3, base.size) for _ in per_source]
+    sources = [(bf16(upcast(base, BF16, np.float64) + d), DType.BF16, False) for d in deltas]
+    if stored:  # the first as a distribution vector in fp32
+        sources[0] = (deltas[0].astype(np.float32), DType.F32, True)
     recipe = TensorRecipe(
         "t", shape, DType.BF16, name, method.settings(shared, per_source), Ref(0, "t"),
         tuple(Ref(1 + number, "t") for number in range(count)),

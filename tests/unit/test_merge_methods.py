@@ -17,7 +17,7 @@ CASES = {
     "linear": {"normalize": True},
     "task_arithmetic": {"lambda": 0.5, "normalize": True},
     "ties": {"density": 0.4},
-    "dare_linear": {"density": 0.5, "seed": 3},
+    "dare_linear": {"density": 0.5},
     "dare_ties": {"density": 0.5},
     "della": {"density": 0.5, "epsilon": 0.1},
     "della_linear": {"density": 0.5, "epsilon": 0.1},

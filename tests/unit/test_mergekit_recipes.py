@@ -579,7 +579,7 @@ def changed(**keys):
     ("recipe", "where", "says"),
     [
         (changed(modles=[]), "", "modules"),
-        (changed(name="stage-1"), "", "unknown field `name`"),
+        (changed(parameters={"dtype": "bfloat16"}), "parameters.dtype", "at the top of the file"),
         (changed(merge_method="tie"), "merge_method", "'ties'"),
         (changed(merge_method="ramplus_tl"), "merge_method", "only to mergekit"),
         (changed(merge_method=None), "", "merge_method"),

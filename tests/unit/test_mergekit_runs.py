@@ -66,7 +66,8 @@ dtype: float32
     assert verify_output(tmp_path / "out", full=True)["recomputed"] == report["bytes_written"]
     dry = CliRunner().invoke(optimer, [*arguments[:2], "-o", str(tmp_path / "x"), "--dry-run"])
     assert "groups of tensors" in dry.output
-    assert f"0.5*({folders['a']} - {folders['base']})" in dry.output
+    assert "base + 0.5*(a - base) - 0.5*(b - base)" in dry.output
+    assert f"a = {folders['a']}" in dry.output
 
 
 def test_layers_are_stacked(models, tmp_path):
@@ -157,11 +158,15 @@ def test_compat_and_seed_are_asked_for_beside_the_file(models, tmp_path):
         "dtype": "float32",
     }
     outputs = {}
-    for label, options in {"": {}, "seed": {"seed": 1}, "compat": {"compat": "mergekit"}}.items():
+    asked = {"": {}, "seed": {"seed": 1}, "compat": {"compat": "mergekit"},
+             "rounding": {"rounding": "stochastic"},
+             "both": {"rounding": "stochastic", "seed": 1}}  # fmt: skip
+    config["dtype"] = "bfloat16"
+    for label, options in asked.items():
         merge(config, tmp_path / f"out{label}", **options)
         outputs[label] = (tmp_path / f"out{label}" / "model.safetensors").read_bytes()
         verify_output(tmp_path / f"out{label}", full=True)
-    assert len(set(outputs.values())) == 3
+    assert len(set(outputs.values())) == len(asked)
 
 
 def test_stages_and_misspelt_keys_are_refused_by_their_name(models, tmp_path):

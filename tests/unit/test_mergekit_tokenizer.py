@@ -16,7 +16,7 @@ from optimer_engine.checkpoint import Checkpoint
 from optimer_engine.errors import CheckpointError, RecipeError
 from optimer_engine.mergekit import GatheredRows, RowMap, expand, load
 from optimer_engine.mergekit.rowmap import MEAN, PADDING, ZERO
-from optimer_engine.mergekit.templates import CHATML
+from optimer_engine.mergekit.templates import TEMPLATES
 from optimer_engine.types import DType
 from tests.unit.test_mergekit_recipes import write_llama
 
@@ -307,10 +307,42 @@ def test_templates_as_text_and_by_name(pool):
     assert template_in(found) == text
     assert set(found.files) == {"tokenizer_config.json"}
     found = Opened(recipe(pool, chat_template="chatml", tokenizer_source="union")).found
-    assert template_in(found) == CHATML
-    for wrong, says in (("alpaca", "mergekit brings along"), ("gibberish", "neither auto")):
-        with pytest.raises(RecipeError, match=says):
-            Opened(recipe(pool[:1], chat_template=wrong))
+    assert template_in(found) == TEMPLATES["chatml"]
+    with pytest.raises(RecipeError, match="neither auto"):
+        Opened(recipe(pool[:1], chat_template="gibberish"))
+
+
+SAID = {
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+              "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nV<|im_end|>\n"
+              "<|im_start|>assistant\n",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+              "<|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|>"
+              "<|start_header_id|>user<|end_header_id|>\n\nV<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "mistral": "<s> [INST] S\n\nU [/INST] A</s> [INST] V [/INST]",
+    "exaone": "[|system|]S[|endofturn|]\n[|user|]U\n[|assistant|]A[|endofturn|]\n[|user|]V\n"
+              "[|assistant|]",
+    "alpaca": "S\n\n### Instruction:\nU\n\n### Response:\nA\n\n### Instruction:\nV\n\n"
+              "### Response:\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_the_templates_that_have_a_name(pool, tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    found = Opened(recipe(pool, chat_template=name, tokenizer_source="union")).found
+    (tmp_path / "written").mkdir()
+    for file, data in found.files.items():
+        (tmp_path / "written" / file).write_bytes(data)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "written")
+    turns = zip(("system", "user", "assistant", "user"), "SUAV", strict=True)
+    said = read.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns],
+        tokenize=False, add_generation_prompt=True,
+    )  # fmt: skip
+    assert said == SAID[name]
 
 
 def test_a_template_file_of_the_donor_gives_way(pool):
