@@ -1,29 +1,19 @@
 """What a good merge costs: the default search against the paper's protocol, example by example.
 
-The landscape is synthetic and shaped as merging landscapes are found to be: near-orthogonal
-vectors of different curvature, small cross terms, and one stiff direction, the total weight.
+Every method pays for each example it scores. `search_worlds` and `search_pool` say what is searched
+and what regret is: 0 at the optimum.
 
-    f(w) = log(1 + (w − w*)' H (w − w*)),  w in [0, 1]^d
-    example i scored at w  =  f(w) + e_i · w + n
-
-e_i is what example i likes better or worse than the average one: a random direction, zero on
-average over examples 1 to 100 and over 101 to 300, so that scoring all 100 leaves only the noise.
-Its size is ``SPREAD``: over the examples, e_i · w at the uniform average has the standard deviation
-SPREAD · f(uniform). On a tiny real pool we measured 0.3 to 2 for different objectives; 1 is used.
-n is drawn anew at each evaluation, such that the mean of 100 examples has the standard deviation
-noise · f(uniform).
-
-Every method pays for each example it scores. **Regret** is f at the point the method would
-recommend, over f(uniform): 1 is no better than 1/N, 0 is the optimum.
-
-    paper          independent TPE (Optuna's default up to version 4), 100 trials on 100 examples,
-                   the best 3 again on 300
+    paper          independent TPE (Optuna's default up to version 4), 100 trials on 100 examples of
+                   each term, the best 3 again on 300
     multivariate   the same with multivariate TPE (Optuna's default from version 5)
     random         uniform in the cube, 100 trials on 100 examples
-    optimer        ``run_search`` with its defaults, on 100 examples
+    optimer        ``run_search`` with its defaults, on 100 examples of each term
     optimer whole  the same with ``first_share`` 1: every trial on all 100 examples
+    fresh, reuse   a search for one term more than for the others, from nothing, and with the trials
+                   of a finished search for all terms alike
 
-    python -m benchmarks.search_quality run --seeds 20        # goes on where it was stopped
+    python -m benchmarks.search_quality run --pool FOLDER      # goes on where it was stopped
+    python -m benchmarks.search_quality exact --pool FOLDER    # real merges of the ends
     python -m benchmarks.search_quality table
 """
 
@@ -33,130 +23,109 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
+from benchmarks.search_tables import Curve, exact_table, tables
+from benchmarks.search_worlds import (
+    EXAMPLES,
+    FINAL,
+    Landscape,
+    Several,
+    World,
+    best_known,
+    cost,
+)
+
 RESULTS = Path(__file__).parent / "results" / "search_quality.jsonl"
 DIMS, NOISES = (4, 6, 8), (0.0, 0.03, 0.1)
-SPREAD = 1.0
-EXAMPLES, FINAL = 100, 300
 TRIALS, FINALISTS = 100, 3
+EVENLY, ONE_MORE = {"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 4.0, "b": 1.0, "c": 1.0}
+"""The goals of the search whose trials are taken over, and of the one that takes them over."""
 
-Landscape = Callable[[np.ndarray], float]
-Curve = list[tuple[int, float]]
-"""Example-evaluations so far, and the regret of what would be recommended then."""
-
-
-def landscape(d: int, seed: int) -> tuple[Landscape, np.ndarray]:
-    """A random landscape and its optimum w* [d]."""
-    rng = np.random.default_rng([seed, d])
-    curvature = np.exp(rng.uniform(0.0, np.log(8.0), d))
-    cross = rng.normal(size=(d, d)) * 0.1
-    root = np.sqrt(np.outer(curvature, curvature))
-    h = np.diag(curvature) + root * (cross + cross.T) / 2.0 + 12.0 / d
-    optimum = np.clip(rng.dirichlet(np.full(d, 1.2)) * rng.uniform(0.8, 1.6), 0.0, 1.0)
-
-    def f(w: np.ndarray) -> float:
-        step = w - optimum
-        return float(np.log1p(max(step @ h @ step, 0.0)))
-
-    return f, optimum
+Found = tuple[Curve, list[float]]
+"""A curve, and the weights at its end."""
 
 
-class World:
-    """A landscape seen through examples; counts what is asked of it."""
-
-    def __init__(self, d: int, noise: float, seed: int) -> None:
-        self.d = d
-        self.f, _ = landscape(d, seed)
-        self.uniform = self.f(np.full(d, 1.0 / d))
-        likes = np.random.default_rng([seed, d, 7]).normal(size=(FINAL, d))
-        for part in (slice(0, EXAMPLES), slice(EXAMPLES, FINAL)):
-            likes[part] -= likes[part].mean(axis=0)
-        self.likes = likes * SPREAD * self.uniform * d**0.5
-        self.sd = noise * self.uniform * EXAMPLES**0.5
-        self.rng = np.random.default_rng([seed, d, 1])
-        self.examples = 0
-
-    def score(self, w: np.ndarray, examples: np.ndarray) -> np.ndarray:
-        """One number per example; lower is better."""
-        self.examples += len(examples)
-        noise = self.sd * self.rng.normal(size=len(examples))
-        return np.asarray(self.f(w) + self.likes[examples] @ w + noise)
-
-    def regret(self, w: np.ndarray) -> float:
-        """Noise-free, relative to the uniform average."""
-        return self.f(w) / self.uniform
-
-
-def optimer(first_share: float | None) -> Callable[[World, int], Curve]:
+def optimer(world: World, seed: int, **settings: Any) -> Found:
     """``run_search`` as users run it."""
-
-    def run(world: World, seed: int) -> Curve:
-        from optimer_engine.search import Score, SearchConfig, TrialDone, Vector, run_search
-
-        names = [f"v{i}" for i in range(world.d)]
-        share = {} if first_share is None else {"first_share": first_share}
-        vectors = [Vector(name=n, model=n) for n in names]
-        config = SearchConfig(base="base", vectors=vectors, seed=seed, **share)
-        curve: Curve = []
-
-        def evaluate(
-            w: dict[str, float], examples: dict[str, list[int]] | None = None
-        ) -> dict[str, Score]:
-            at = np.arange(EXAMPLES) if examples is None else np.array(examples["value"])
-            return {"value": Score.of(world.score(np.array([w[n] for n in names]), at))}
-
-        evaluate.counts = {"value": EXAMPLES}  # type: ignore[attr-defined]
-
-        def note(event: TrialDone) -> None:
-            assert event.best_weights is not None
-            best = np.array([event.best_weights[n] for n in names])
-            curve.append((world.examples, world.regret(best)))
-
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "run"  # alone in its folder: nothing to take over
-            report = run_search(config, out, evaluate=evaluate, callbacks=[note])
-        best = np.array([report.best_weights[n] for n in names])
-        return [*curve, (world.examples, world.regret(best))]
-
-    return run
+    with tempfile.TemporaryDirectory() as folder:  # alone in it: nothing to take over
+        return _searched(world, seed, Path(folder) / "run", **settings)
 
 
-def random(world: World, seed: int) -> Curve:
+def reuse(first: World, world: World, seed: int) -> Found:
+    """``run_search`` in ``world`` with the trials of a search in ``first``, not counted."""
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        _searched(first, seed, Path(one) / "run")
+        return _searched(world, seed + 1, Path(other) / "run", Path(one) / "run")
+
+
+def _searched(
+    world: World, seed: int, out: Path, reused: Path | None = None, **settings: Any
+) -> Found:
+    from optimer_engine.search import Score, SearchConfig, Term, TrialDone, Vector, run_search
+
+    names = [f"v{i}" for i in range(world.d)]
+    config = SearchConfig(
+        base="base",
+        vectors=[Vector(name=n, model=n) for n in names],
+        objective=[Term(name=n, weight=g) for n, g in world.goal.items()],
+        seed=seed,
+        **settings,
+    )
+    curve: Curve = []
+
+    def evaluate(
+        w: dict[str, float], examples: dict[str, list[int]] | None = None
+    ) -> dict[str, Score]:
+        asked = examples or {t: list(range(EXAMPLES)) for t in world.goal}
+        point = np.array([w[n] for n in names])
+        scores = world.score(point, {t: np.array(at) for t, at in asked.items()})
+        return {t: Score.of(*pair) for t, pair in scores.items()}
+
+    evaluate.counts = dict.fromkeys(world.goal, EXAMPLES)  # type: ignore[attr-defined]
+
+    def note(event: TrialDone) -> None:
+        assert event.best_weights is not None
+        best = np.array([event.best_weights[n] for n in names])
+        curve.append((world.examples, world.regret(best)))
+
+    report = run_search(config, out, evaluate=evaluate, reuse=reused, callbacks=[note])
+    best = np.array([report.best_weights[n] for n in names])
+    return [*curve, (world.examples, world.regret(best))], best.tolist()
+
+
+def random(world: World, seed: int) -> Found:
     """Uniform in the cube; the best observed."""
     rng = np.random.default_rng(seed)
-    return _best_of(world, (rng.uniform(size=world.d) for _ in range(TRIALS)), lambda _: None)[0]
+    points = (rng.uniform(size=world.d) for _ in range(TRIALS))
+    curve, found = _best_of(world, points, lambda _: None)
+    return curve, min(found, key=lambda pair: pair[0])[1].tolist()
 
 
-def tpe(multivariate: bool) -> Callable[[World, int], Curve]:
+def tpe(world: World, seed: int, *, multivariate: bool) -> Found:
     """Optuna's TPE in the paper's protocol."""
+    import optuna
 
-    def run(world: World, seed: int) -> Curve:
-        import optuna
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = optuna.samplers.TPESampler(n_startup_trials=20, multivariate=multivariate, seed=seed)
+    study = optuna.create_study(sampler=sampler)
+    trials = []
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.TPESampler(
-            n_startup_trials=20, multivariate=multivariate, seed=seed
-        )
-        study = optuna.create_study(sampler=sampler)
-        trials = []
+    def points() -> Iterator[np.ndarray]:
+        for _ in range(TRIALS):
+            trials.append(study.ask())
+            yield np.array([trials[-1].suggest_float(f"w{i}", 0.0, 1.0) for i in range(world.d)])
 
-        def points() -> Iterator[np.ndarray]:
-            for _ in range(TRIALS):
-                trials.append(study.ask())
-                at = [trials[-1].suggest_float(f"w{i}", 0.0, 1.0) for i in range(world.d)]
-                yield np.array(at)
-
-        curve, found = _best_of(world, points(), lambda c: study.tell(trials[-1], c))
-        best = sorted(found, key=lambda pair: pair[0])[:FINALISTS]
-        final = [world.score(w, np.arange(FINAL)).mean() for _, w in best]
-        return [*curve, (world.examples, world.regret(best[int(np.argmin(final))][1]))]
-
-    return run
+    curve, found = _best_of(world, points(), lambda c: study.tell(trials[-1], c))
+    best = [w for _, w in sorted(found, key=lambda pair: pair[0])[:FINALISTS]]
+    end = best[int(np.argmin([cost(world, w, FINAL) for w in best]))]
+    return [*curve, (world.examples, world.regret(end))], end.tolist()
 
 
 def _best_of(
@@ -165,21 +134,23 @@ def _best_of(
     found: list[tuple[float, np.ndarray]] = []
     curve: Curve = []
     for w in points:
-        cost = float(world.score(w, np.arange(EXAMPLES)).mean())
-        tell(cost)
-        found.append((cost, w))
+        found.append((cost(world, w, EXAMPLES), w))
+        tell(found[-1][0])
         best = min(found, key=lambda pair: pair[0])[1]
         curve.append((world.examples, world.regret(best)))
     return curve, found
 
 
-METHODS: dict[str, Callable[[World, int], Curve]] = {
-    "optimer": optimer(None),
-    "optimer whole": optimer(1.0),
-    "paper": tpe(False),
-    "multivariate": tpe(True),
+Call = Callable[[Any, int], Found]
+
+METHODS: dict[str, Call] = {
+    "optimer": optimer,
+    "optimer whole": lambda world, seed: optimer(world, seed, first_share=1.0),
+    "paper": lambda world, seed: tpe(world, seed, multivariate=False),
+    "multivariate": lambda world, seed: tpe(world, seed, multivariate=True),
     "random": random,
 }
+ALL = [*METHODS, "fresh", "reuse"]
 
 
 @click.group()
@@ -189,39 +160,107 @@ def main() -> None:
 
 @main.command()
 @click.option("--seeds", default=20, show_default=True)
+@click.option("--first-seed", default=0, show_default=True)
 @click.option("--dims", multiple=True, type=int, default=DIMS, show_default=True)
 @click.option("--noises", multiple=True, type=float, default=NOISES, show_default=True)
-@click.option("--methods", multiple=True, type=click.Choice(list(METHODS)), default=list(METHODS))
+@click.option(
+    "--methods",
+    multiple=True,
+    type=click.Choice(ALL),
+    default=[m for m in ALL if m != "optimer whole"],
+)
+@click.option("--pool", type=click.Path(path_type=Path), help="Also search a real pool, kept here.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 def run(
-    seeds: int, dims: tuple[int, ...], noises: tuple[float, ...], methods: tuple[str, ...],
-    results: Path,
+    seeds: int, first_seed: int, dims: tuple[int, ...], noises: tuple[float, ...],
+    methods: tuple[str, ...], pool: Path | None, results: Path,
 ) -> None:  # fmt: skip
     """Make the runs that RESULTS lacks, one line of JSON each."""
-    done = {(r["method"], r["d"], r["noise"], r["seed"]) for r in _rows(results)}
-    for seed in range(seeds):
-        for d in dims:
-            for noise in noises:
-                for method in methods:
-                    if (method, d, noise, seed) in done:
-                        continue
-                    started = time.perf_counter()
-                    curve = METHODS[method](World(d, noise, seed), seed)
-                    row = {
-                        "method": method, "d": d, "noise": noise, "seed": seed,
-                        "seconds": round(time.perf_counter() - started, 2),
-                        "curve": _thinned(curve),
-                    }  # fmt: skip
-                    with results.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(method, d, noise, seed, row["seconds"], file=sys.stderr, flush=True)
+    done = {(r["world"], r["method"], r["seed"]) for r in _rows(results) if "curve" in r}
+    cells = [cell for d in dims for cell in _synthetic(d, noises)]
+    if pool is not None:
+        cells += _real(pool)
+    for seed in range(first_seed, first_seed + seeds):
+        for name, make, calls in cells:
+            for method, call in calls.items():
+                if method not in methods or (name, method, seed) in done:
+                    continue
+                world, started = make(seed), time.perf_counter()
+                curve, end = call(world, seed)
+                row = {
+                    "world": name, "method": method, "seed": seed,
+                    "seconds": round(time.perf_counter() - started, 2),
+                    "curve": _thinned(curve), "end": [round(x, 4) for x in end],
+                    "known": float(f"{best_known(world):.4g}"),
+                }  # fmt: skip
+                with results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(name, method, seed, row["seconds"], file=sys.stderr, flush=True)
+
+
+Cell = tuple[str, Callable[[int], World], dict[str, Call]]
+"""Name of a world, the world of a seed, and what is run in it."""
+
+
+def _synthetic(d: int, noises: Sequence[float]) -> list[Cell]:
+    cells: list[Cell] = [
+        (f"d={d} noise={noise:.0%}", partial(Landscape, d, noise), METHODS) for noise in noises
+    ]
+
+    def several(goal: dict[str, float], seed: int) -> Several:
+        return Several(d, 0.03, seed, goal)
+
+    second: dict[str, Call] = {
+        "fresh": optimer,
+        "reuse": lambda world, seed: reuse(several(EVENLY, seed), world, seed),
+    }
+    return [*cells, (f"d={d}, three terms", partial(several, ONE_MORE), second)]
+
+
+def _real(folder: Path) -> list[Cell]:
+    from benchmarks.search_pool import GOALS, Pool, RealWorld
+
+    pool = Pool(folder)
+    cells: list[Cell] = [
+        (f"pool, {name}", partial(RealWorld, pool, goal), METHODS) for name, goal in GOALS.items()
+    ]
+    (every, evenly), (some, other) = GOALS.items()
+    second: dict[str, Call] = {
+        "fresh": optimer,
+        "reuse": lambda world, seed: reuse(RealWorld(pool, evenly, seed), world, seed),
+    }
+    return [*cells, (f"pool, {some} after {every}", partial(RealWorld, pool, other), second)]
+
+
+@main.command()
+@click.option("--pool", type=click.Path(path_type=Path), required=True)
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+def exact(pool: Path, results: Path) -> None:
+    """Merge the points that searches of the pool ended with, and score them, not the table."""
+    from benchmarks.search_pool import GOALS, Pool, RealWorld
+
+    rows, made = _rows(results), Pool(pool)
+    done = {(r["world"], r["method"], r["seed"]) for r in rows if "exact" in r}
+    for name, goal in GOALS.items():
+        world = RealWorld(made, goal, 0)
+        todo = [r for r in rows if r["world"] == f"pool, {name}" and "curve" in r]
+        todo = [r for r in todo if (r["world"], r["method"], r["seed"]) not in done]
+        found = made.exact(np.array([r["end"] for r in todo])) if todo else {}
+        for i, row in enumerate(todo):
+            test = sum(g * found[t][i] for t, g in goal.items()) / sum(goal.values())
+            regret = (test - world.best) / (world.base - world.best)
+            kept = {k: row[k] for k in ("world", "method", "seed")}
+            with results.open("a") as file:
+                file.write(json.dumps({**kept, "exact": float(f"{regret:.4g}")}) + "\n")
+    print(exact_table(_rows(results)))
 
 
 @main.command()
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 def table(results: Path) -> None:
     """Print the tables that the results make."""
-    print(tables(_rows(results)))
+    rows = _rows(results)
+    print(tables([r for r in rows if "curve" in r]), exact_table(rows), sep="\n\n")
 
 
 def _thinned(curve: Curve) -> Curve:
@@ -234,59 +273,10 @@ def _thinned(curve: Curve) -> Curve:
     return [*kept, (curve[-1][0], kept[-1][1])]
 
 
-def _rows(results: Path) -> list[dict]:  # type: ignore[type-arg]
+def _rows(results: Path) -> list[dict[str, Any]]:
     return (
         [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     )
-
-
-def median_at(curves: list[Curve], examples: float) -> float:
-    """Median regret when every run has spent ``examples``; infinite before its first score."""
-    return float(
-        np.median([next((r for e, r in reversed(c) if e <= examples), np.inf) for c in curves])
-    )
-
-
-def reached(curves: list[Curve], regret: float) -> float:
-    """The least number of examples at which, and after which, the median is at most ``regret``."""
-    spent = sorted({e for curve in curves for e, _ in curve}, reverse=True)
-    least = np.inf
-    for examples in spent:
-        if median_at(curves, examples) > regret:
-            break
-        least = examples
-    return least
-
-
-def tables(rows: list[dict]) -> str:  # type: ignore[type-arg]
-    """Final regrets, and what share of the paper's examples reaches the rivals' quality."""
-    cells = sorted({(r["d"], r["noise"]) for r in rows})
-
-    def curves(method: str, d: int, noise: float) -> list[Curve]:
-        chosen = [r for r in rows if (r["method"], r["d"], r["noise"]) == (method, d, noise)]
-        return [[(e, g) for e, g in r["curve"]] for r in chosen]
-
-    shown = [m for m in METHODS if all(curves(m, *cell) for cell in cells)]
-    lines = [
-        "| d | noise | runs | " + " | ".join(shown) + " | examples, optimer |"
-        " optimer to paper's | optimer to multivariate's |",
-        "|" + "---|" * (len(shown) + 6),
-    ]
-    for d, noise in cells:
-        all_of = {m: curves(m, d, noise) for m in shown}
-        final = {m: median_at(c, np.inf) for m, c in all_of.items()}
-        spent = np.median([c[-1][0] for c in all_of["optimer"]])
-        full = TRIALS * EXAMPLES + FINALISTS * FINAL
-        shares = [reached(all_of["optimer"], final[m]) / full for m in ("paper", "multivariate")]
-        runs = min(len(c) for c in all_of.values())
-        lines.append(
-            f"| {d} | {noise:.0%} | {runs} | "
-            + " | ".join(f"{final[m]:.3f}" for m in shown)
-            + f" | {spent:,.0f} of {full:,} | "
-            + " | ".join(f"{s:.1%}" if np.isfinite(s) else "not reached" for s in shares)
-            + " |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from optimer_engine.plans import (
     fitted_on_gpus,
     multiplies_on_gpus,
     placed,
-    treatment_of,
+    treatments_of,
 )
 from optimer_engine.quantized import refuse_packed
 from optimer_engine.recipe import Recipe, Source, decode, read_yaml
@@ -204,16 +204,21 @@ def _plan_recipe(recipe: Recipe, every_source: bool, whole: bool, backend: Backe
     named = list(zip(names, sources, strict=True))
     rows, warnings, files, omitted = align(base, named, out_dtype, recipe.rows, recipe.vocabulary)
     warnings += suspicions(base, named, out_dtype)
-    unfolded = treatment_of(recipe)
-    treatment = fold(unfolded)
+    unfolded = treatments_of(recipe)
+    treatments = tuple(map(fold, unfolded))
+    groups = _layer_groups([row.out.name for row in rows], len(treatments))
+    grouped = (
+        msgspec.structs.replace(row, treatment=group)
+        for row, group in zip(rows, groups, strict=True)
+    )
     if recipe.method not in JOINED:
         rows = [_unmoved(row, (base, *sources)) for row in rows]
     return Plan(
         _pinned(recipe, (base, *sources)),
         (base, *sources),
         ("base", *names),
-        (treatment,),
-        tuple(anchored(row, treatment, unfolded) for row in rows),
+        treatments,
+        tuple(anchored(r, treatments[r.treatment], unfolded[r.treatment]) for r in grouped),
         lay_out((row.out for row in rows), parse_bytes(recipe.max_shard_size), MODEL, _FROM_TORCH),
         1,
         TILE_BYTES,
@@ -237,6 +242,30 @@ def _unmoved(row: Row, checkpoints: Sequence[Checkpoint | None]) -> Row:
         base = Stored(checkpoints[0], base, False)
     inputs = [base if lacks else g for lacks, g in zip(missing, given, strict=True)]
     return msgspec.structs.replace(row, inputs=(row.inputs[0], *inputs))
+
+
+def _layer_groups(names: Sequence[str], groups: int) -> list[int]:
+    """By tensor, which of so many equal groups of consecutive layers it belongs to."""
+    if groups == 1:
+        return [0] * len(names)
+    from optimer_engine.mergekit.names import comes_first, layer, plain
+
+    found = [layer(plain(name)) for name in names]
+    layers: dict[str, int] = {}
+    for at in found:
+        if at is not None:
+            layers[at[0]] = max(layers.get(at[0], 0), at[1] + 1)
+    if not layers or max(layers.values()) < groups:
+        raise RecipeError(
+            f"{groups} groups of layers, and the base has {max(layers.values(), default=0)} layers",
+            where="by_layer",
+            todo="use fewer groups",
+        )
+    last = groups - 1
+    return [
+        at[1] * groups // layers[at[0]] if at else 0 if comes_first(plain(name)) else last
+        for name, at in zip(names, found, strict=True)
+    ]
 
 
 def _pinned(recipe: Recipe, opened: Sequence[Checkpoint | None]) -> Recipe:

@@ -228,15 +228,43 @@ class Plan:
             msgspec.structs.replace(s, weight=float(weights.get(s.name, s.weight)))
             for s in self.recipe.sources
         ]
-        for source, checkpoint in zip(sources, self.sources, strict=True):
+        return self.with_settings(msgspec.structs.replace(self.recipe, sources=sources))
+
+    def with_settings(self, recipe: Recipe) -> Plan:
+        """The same plan with weights, factors by layer and parameters of `recipe`.
+
+        Args:
+            recipe: merges the same sources by the same method; its checkpoints are not looked at.
+
+        Raises:
+            RecipeError: the sources' names, the method or the number of layer groups differ, a
+                parameter is unusable, or a source that was left unopened has a weight.
+        """
+        assert isinstance(self.recipe, Recipe)
+        for what, mine, theirs in (
+            ("sources", [s.name for s in self.recipe.sources], [s.name for s in recipe.sources]),
+            ("method", self.recipe.method, recipe.method),
+            ("layer groups", self.recipe.layer_groups, recipe.layer_groups),
+        ):
+            if mine != theirs:
+                raise RecipeError(f"{what} are {theirs}, the plan was made for {mine}", where=what)
+        for source, checkpoint in zip(recipe.sources, self.sources, strict=True):
             if source.weight and checkpoint is None:
                 raise RecipeError(
                     "was not opened, since its weight was 0",
                     where=f"source {source.name!r}",
                     todo="plan with every_source=True",
                 )
-        recipe = msgspec.structs.replace(self.recipe, sources=sources)
-        return replace(self, recipe=recipe, treatments=(fold(treatment_of(recipe)),))
+        sources = [
+            msgspec.structs.replace(
+                s, weight=n.weight, by_layer=n.by_layer, parameters=n.parameters
+            )
+            for s, n in zip(self.recipe.sources, recipe.sources, strict=True)
+        ]
+        changed = msgspec.structs.replace(
+            self.recipe, sources=sources, parameters=recipe.parameters
+        )
+        return replace(self, recipe=changed, treatments=tuple(map(fold, treatments_of(changed))))
 
     def runs(self) -> list[Run]:
         """The whole output as runs, in file order; sources of weight 0 are not read."""
@@ -278,8 +306,12 @@ class Plan:
                 checkpoint.close()
 
 
-def treatment_of(recipe: Recipe) -> Treatment:
-    """The recipe's method over the base (checkpoint 0) and the sources (1, 2, ...)."""
+def treatments_of(recipe: Recipe) -> list[Treatment]:
+    """The method over the base (checkpoint 0) and the sources (1, 2, ...), by group of layers."""
+    return [_treatment(recipe, group) for group in range(recipe.layer_groups)]
+
+
+def _treatment(recipe: Recipe, group: int) -> Treatment:
     method = methods.get(recipe.method)
     shared, own_parameters = dict(recipe.parameters), [s.parameters for s in recipe.sources]
     if "seed" in method.parameters:
@@ -293,8 +325,9 @@ def treatment_of(recipe: Recipe) -> Treatment:
     given = []
     for source in recipe.sources:
         own: dict[str, Any] = {}
-        if "weight" in method.parameters or source.weight != 1.0:
-            own["weight"] = source.weight
+        weight = source.weight * (source.by_layer[group] if source.by_layer else 1.0)
+        if "weight" in method.parameters or weight != 1.0:
+            own["weight"] = weight
         if "stream" in method.parameters:
             own["stream"] = source.name  # its mask does not depend on the other sources
         given.append({**own, **source.parameters})

@@ -3,7 +3,7 @@
     base: org/base-model            # a folder, or org/name on the Hub (org/name@revision)
     sources:
       - {name: ja,   model: runs/ja/vector, weight: 0.4}
-      - {name: math, model: org/math-cpt,   weight: 0.25}
+      - {name: math, model: org/math-cpt,   weight: 0.25, by_layer: [1.0, 0.5]}   # half in the end
     method: ties                    # default task_arithmetic; `docs/methods.md` lists them all
     parameters: {density: 0.5}      # of the method, for all sources; a source may have its own
     out_dtype: bfloat16             # default: as the base has it, tensor by tensor
@@ -44,6 +44,9 @@ class Source(msgspec.Struct, forbid_unknown_fields=True):
         weight: finite coefficient of its delta; not normalised. 0 leaves the source unread.
         revision: branch, tag or commit on the Hub.
         parameters: of the recipe's method, for this source alone, such as {"density": 0.3}.
+        by_layer: factors on the weight for equal groups of consecutive layers, first to last:
+            [1.0, 0.5] halves it in the second half. What stands before the layers (embeddings)
+            goes with the first group, what stands after them with the last.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Source(msgspec.Struct, forbid_unknown_fields=True):
     weight: float = 1.0
     revision: str | None = None
     parameters: dict[str, Any] = {}
+    by_layer: list[float] = []
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -60,6 +64,12 @@ class Source(msgspec.Struct, forbid_unknown_fields=True):
                 f"weight is {self.weight}, expected a finite number",
                 where=f"source {self.name!r}",
                 todo="write a number such as 0.3",
+            )
+        if not all(math.isfinite(factor) for factor in self.by_layer):
+            raise RecipeError(
+                f"by_layer is {self.by_layer}, expected finite numbers",
+                where=f"source {self.name!r}",
+                todo="write factors on the weight such as [1.0, 0.5]",
             )
 
 
@@ -123,6 +133,17 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         if self.out_dtype is not None:
             DType.parse(self.out_dtype)
         parse_bytes(self.max_shard_size)
+        if len({len(source.by_layer) for source in self.sources} - {0}) > 1:
+            raise RecipeError(
+                "by_layer has other lengths for other sources",
+                where="recipe",
+                todo="give every source as many factors, or none",
+            )
+
+    @property
+    def layer_groups(self) -> int:
+        """Groups of layers that the sources' `by_layer` speak of; 1 where there are none."""
+        return max(1, *(len(source.by_layer) for source in self.sources))
 
     @classmethod
     def load(cls, recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -169,7 +190,9 @@ _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Recip
 
 
 def _without_empty(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if value is not None and value != {}}
+    return {
+        key: value for key, value in data.items() if value is not None and value not in ({}, [])
+    }
 
 
 def read_config(path: str | Path, type_: type[T]) -> T:

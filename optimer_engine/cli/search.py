@@ -221,9 +221,12 @@ def command(
 
 def table(report: SearchReport, config: SearchConfig) -> str:
     """The report as text: one row per known point and the best, the ratios, the seconds."""
+    from optimer_engine.search.space import Space
+
     terms = list(report.higher_is_better)
     arrows = [f"{t} {'↑' if report.higher_is_better[t] else '↓'}" for t in terms]
-    names = [v.name for v in config.vectors]
+    space = Space.of(config)
+    names = space.names
     rows = [["", *(f"w {n}" for n in names), *arrows, "cost ↓"]]
     for row in [*report.front, *report.table]:
         scores = [f"{row.scores[t]:.4f}" for t in terms]
@@ -235,7 +238,11 @@ def table(report: SearchReport, config: SearchConfig) -> str:
     ]
     seconds, total = report.seconds, sum(report.seconds.values()) or 1.0
     ratios = ", ".join(f"{n} {r:.1%}" for n, r in report.ratios.items())
-    tight = [v.name for v in config.vectors if _on_bound(report.best_weights[v.name], v.range)]
+    tight = [
+        x.name
+        for x in space.dimensions
+        if not x.parameter and _on_bound(report.best_weights[x.name], (x.low, x.high))
+    ]
     if report.heldout:
         lines += ["", "held-out, cost against the base (95 %), and how much worse than searched:"]
         for held in report.heldout:

@@ -61,8 +61,12 @@ class Answers:
 
 
 def _merge(identity: dict[str, Any], weights: dict[str, float]) -> str:
-    vectors = identity["vectors"]
-    used = sorted((str(vectors[name]), w) for name, w in weights.items() if w)
+    vectors, merge = identity["vectors"], identity.get("merge")
+    used: list[Any]
+    if merge is None:
+        used = sorted((str(vectors[name]), w) for name, w in weights.items() if w)
+    else:  # by name: a vector's mask may depend on it
+        used = [merge, vectors, weights]
     return json.dumps([identity["base"], identity["model"], used], sort_keys=True)
 
 

@@ -32,13 +32,15 @@ MOST_SEED = 2**31 - 1
 class Vector(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """One searched weight: a distribution vector or a full checkpoint, and the range of its weight.
 
-    ``range`` is [low, high]; weights below 0 subtract the vector.
+    ``range`` is [low, high]; weights below 0 subtract the vector. ``parameters`` are the merge
+    method's, for this vector alone; see `SearchConfig`.
     """
 
     name: str
     model: str
     range: tuple[float, float] = (0.0, 1.0)
     revision: str | None = None
+    parameters: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         low, high = self.range
@@ -105,6 +107,9 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     Args:
         base: the checkpoint every vector is added to; also gives the tokenizer.
         vectors: the pool, with unique names.
+        merge_method: how trials and the winner are merged; see docs/methods.md.
+        parameters: of that method; [low, high] in place of a number has it searched.
+        layer_groups: search a weight per vector for each of so many groups of consecutive layers.
         objective: the terms; the cost is defined in ``cost.py``.
         heldout: terms that the search never sees: only the base, the uniform average, the best
             single vector and the winner are scored on them, when it is over.
@@ -138,6 +143,9 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     heldout: list[Term] = []
     heldout_share: float = 0.0
     base_revision: str | None = None
+    merge_method: str = "task_arithmetic"
+    parameters: dict[str, Any] = {}
+    layer_groups: int = 1
     aggregate: Literal["mean", "worst", "pareto"] = "mean"
     relative: bool = False
     method: Literal["smac", "paper"] = "smac"
@@ -183,11 +191,24 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
             raise RecipeError("aggregate: pareto needs two terms or more")
         if self.trial_limit_s is not None and not 0.0 < self.trial_limit_s < math.inf:
             raise RecipeError(f"trial_limit_s must be above 0, got {self.trial_limit_s}")
-        least_of = {"trials": 1, "block_length": 2, "batch_size": 1, "patience": 0}
+        least_of = {
+            "trials": 1, "block_length": 2, "batch_size": 1, "patience": 0, "layer_groups": 1
+        }  # fmt: skip
         for field, least in {**least_of, "gradient_steps": 0}.items():
             value = getattr(self, field)
             if value is not None and value < least:
                 raise RecipeError(f"{field} must be {least} or more, got {value}")
+        if self.is_weighted_sum:
+            return
+        if self.gradient_steps:
+            raise RecipeError("gradient_steps are for one weight per vector and nothing else")
+        _check_parameters(self)
+
+    @property
+    def is_weighted_sum(self) -> bool:
+        """Whether a point is one weight per vector and nothing else."""
+        plain = self.merge_method == "task_arithmetic" and self.layer_groups == 1
+        return plain and not self.parameters and not any(v.parameters for v in self.vectors)
 
     def to_yaml(self) -> str:
         """A file that reads as this configuration; what is left at its default is left out."""
@@ -255,3 +276,31 @@ def with_absolute_paths(config: SearchConfig) -> SearchConfig:
         objective=[moved(t) for t in config.objective],
         heldout=[moved(t) for t in config.heldout],
     )
+
+
+def is_range(value: Any) -> bool:
+    """Whether a parameter's value is [low, high], to be searched."""
+    return isinstance(value, list | tuple)
+
+
+def _check_parameters(config: SearchConfig) -> None:
+    """Refuse what the merge method cannot take, at either end of a range, before any trial."""
+    from optimer_engine import methods
+
+    method = methods.get(config.merge_method)
+    if "weight" not in method.parameters:
+        raise RecipeError(f"merge_method {method.name} has no weights to search")
+    given = [config.parameters, *(v.parameters for v in config.vectors)]
+    for value in (value for own in given for value in own.values()):
+        if is_range(value) and not (
+            len(value) == 2
+            and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+            and value[0] < value[1]
+        ):
+            raise RecipeError(f"a searched parameter must be [low, high], got {value}")
+    for end in (0, 1):
+        shared, *own = [
+            {k: float(v[end]) if is_range(v) else v for k, v in parameters.items()}
+            for parameters in given
+        ]
+        method.settings(shared, [{"weight": 1.0, **parameters} for parameters in own])

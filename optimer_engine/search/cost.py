@@ -1,17 +1,11 @@
 """From scores to the one number that is minimised, its standard error, and the limits kept.
 
-**Differences.** What counts of a score is its difference to the reference (the base; the first
-point scored, where the ranges exclude the base) *on the same examples*:
+**Differences.** A term's score is compared with the reference's on the same examples; with s_t = +1
+where lower is better, −1 where higher is,
 
-    d_t(w) = s_t · (Σ_{i∈S} a_i(w) / Σ_{i∈S} b_i(w) − Σ_{i∈S} a_i(ref) / Σ_{i∈S} b_i(ref))
+    d_t(w) = s_t · (score at w − score of the reference)
 
-with a the parts and b the sizes of a `Score`, S the examples scored at w, and s_t = +1 where lower
-is better, −1 where higher is. Some texts are hard for every model; pairing takes that out, and the
-error of a subset shrinks about twelvefold against raw means. Its variance is that of the linearised
-ratio over m of N examples drawn without replacement, (1 − m/N)/m times the variance of
-(Δa_i − d·b_i)/mean(b) (Cochran, "Sampling Techniques", chapter 6). The variance of a few examples
-is itself poorly known, and 0 where all answers agree; so it is drawn towards that of the pool of
-all trials with the weight of `PRIOR_EXAMPLES`.
+`differences` has the estimator of that from some of the examples, and its variance.
 
 **The cost** of weights w, with g_t the terms' weights, is by ``aggregate``
 
@@ -35,10 +29,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from optimer_engine.search.config import SearchConfig
+from optimer_engine.search.differences import difference, differences
 from optimer_engine.search.objective import Score, Scores
 from optimer_engine.search.trials import Told
 
-PRIOR_EXAMPLES = 8
+BASE = "base"
+"""The origin of the trial of the base; see `space.Space.known_points`."""
 AUGMENTATION = 0.05  # of ParEGO
 
 
@@ -154,7 +150,12 @@ def observe(points: Sequence[Point], goal: Goal, shares: np.ndarray | None = Non
 def reference_of(points: Sequence[Point]) -> Point | None:
     """What differences are taken to: the base if it was scored, else the first point that was."""
     scored = [p for p in points if p.scores]
-    return next((p for p in scored if not any(p.weights.values())), scored[0] if scored else None)
+    return next((p for p in scored if is_base(p.origin)), scored[0] if scored else None)
+
+
+def is_base(origin: str) -> bool:
+    """Whether a trial of this origin scores the base itself."""
+    return origin.split(", ")[-1] == BASE
 
 
 def estimated(point: Point, reference: Point, name: str) -> float:
@@ -162,7 +163,7 @@ def estimated(point: Point, reference: Point, name: str) -> float:
     score = point.scores[name]
     if not score.examples:
         return score.value
-    return reference.scores[name].value + _difference(score, reference.scores[name])[0]
+    return reference.scores[name].value + difference(score, reference.scores[name])
 
 
 def is_whole(point: Point) -> bool:
@@ -184,37 +185,15 @@ def _differences(
     points: Sequence[Point], reference: Point, names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Signed differences and their variances, both [n, T]; nan where a point failed."""
-    d = np.full((len(points), len(names)), np.nan)
-    spread, m, n = np.zeros_like(d), np.zeros_like(d), np.ones_like(d)
-    for i, point in enumerate(points):
-        for j, name in enumerate(names):
-            if name not in point.scores:
-                continue
-            score, base = point.scores[name], reference.scores[name]
-            value, per_example, m[i, j], n[i, j] = _difference(score, base)
-            d[i, j] = -value if score.higher_is_better else value
-            spread[i, j] = 0.0 if point is reference else per_example
-    pooled = (m * spread).sum(axis=0) / np.maximum(m.sum(axis=0), 1.0)
-    drawn = (m * spread + PRIOR_EXAMPLES * pooled) / (m + PRIOR_EXAMPLES)
-    variances = np.where(m > 0, drawn / np.maximum(m, 1.0) * (1.0 - m / n), 0.0)
-    return d, variances
-
-
-def _difference(score: Score, base: Score) -> tuple[float, float, int, int]:
-    """Value, variance per example, examples scored and examples in all; unsigned."""
-    if not (score.parts and base.parts):
-        return score.value - base.value, 0.0, 0, 1
-    (at, a, b), (base_at, base_a, base_b) = _arrays(score), _arrays(base)
-    both, mine, theirs = np.intersect1d(at, base_at, return_indices=True)
-    if not len(both):
-        return score.value - base.value, 0.0, 0, 1
-    a, b, base_a, base_b = a[mine], b[mine], base_a[theirs], base_b[theirs]
-    value = float(a.sum() / b.sum() - base_a.sum() / base_b.sum())
-    if not score.examples and not base.examples:
-        value = score.value - base.value  # in full, where the parts are kept to 7 digits
-    residual = (a - base_a - value * b) / b.mean()
-    per_example = float(residual.var(ddof=1)) if len(both) > 1 else 0.0
-    return value, per_example, len(both), max(len(base_at), len(both))
+    weights = np.array([list(point.weights.values()) for point in points])
+    at = next(i for i, point in enumerate(points) if point is reference)
+    columns = []
+    for name in names:
+        scores = [point.scores.get(name) for point in points]
+        values, variances = differences(scores, weights, at)
+        higher = any(score is not None and score.higher_is_better for score in scores)
+        columns.append((-values if higher else values, variances))
+    return np.stack([d for d, _ in columns], 1), np.stack([v for _, v in columns], 1)
 
 
 def _fuller(one: Score, other: Score) -> Score:
@@ -222,13 +201,6 @@ def _fuller(one: Score, other: Score) -> Score:
     if not one.examples and other.examples:
         return one
     return one if other.examples and len(one.examples) > len(other.examples) else other
-
-
-def _arrays(score: Score) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Examples, parts and sizes of a score that has parts."""
-    a = np.array(score.parts)
-    at = np.array(score.examples, dtype=np.int64) if score.examples else np.arange(len(a))
-    return at, a, np.array(score.sizes) if score.sizes else np.ones(len(a))
 
 
 def _filled(values: np.ndarray) -> np.ndarray:

@@ -10,8 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from optimer_engine.errors import MismatchError
-from optimer_engine.search.config import SearchConfig
+from optimer_engine.search.config import SearchConfig, is_range
+from optimer_engine.search.space import Space
 from optimer_engine.search.trials import REUSED, Told, read
 
 
@@ -23,11 +26,33 @@ def identity(config: SearchConfig, found: dict[str, Any]) -> dict[str, Any]:
     """
     weights = {t.name: t.weight for t in config.objective}
     terms = {name: found["terms"].get(name, {}) for name in sorted(weights.keys() | found["terms"])}
-    space = {v.name: list(v.range) for v in config.vectors}
+    space = Space.of(config)
+    ranges = {x.name: [x.low, x.high] for x in space.dimensions}
     return {
-        "space": space, **found, "terms": terms, "weights": weights, "seed": config.seed,
-        **_protocol(config),
+        "space": ranges, **found, "terms": terms, "weights": weights, "seed": config.seed,
+        **_merge(config, space), **_protocol(config),
     }  # fmt: skip
+
+
+def _merge(config: SearchConfig, space: Space) -> dict[str, Any]:
+    """How points are merged, where it is not the plain weighted sum."""
+    if config.is_weighted_sum:
+        return {}
+    fixed = {
+        name: {k: v for k, v in given.items() if not is_range(v)}
+        for name, given in [
+            ("", config.parameters),
+            *((v.name, v.parameters) for v in config.vectors),
+        ]
+    }
+    return {
+        "merge": {
+            "method": config.merge_method,
+            "layer_groups": config.layer_groups,
+            "parameters": {name: own for name, own in fixed.items() if own},
+            "dimensions": [msgspec.to_builtins(x) for x in space.dimensions],
+        }
+    }
 
 
 def _protocol(config: SearchConfig) -> dict[str, Any]:
@@ -54,8 +79,8 @@ def rescored(run: Path, this: dict[str, Any]) -> list[Told]:
     """
     other, told = read(run)
     here = f"{run} cannot be reused"
-    for part in ("space", "base", "vectors", "model"):
-        refuse_other({part: this[part]}, {part: other.identity.get(part)}, here)
+    for part in ("space", "merge", "base", "vectors", "model"):
+        refuse_other({part: this.get(part)}, {part: other.identity.get(part)}, here)
     called: dict[str, str] = {}
     for name, term in this["terms"].items():
         measured = other.identity.get("terms", {})

@@ -15,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from optimer_engine.durable import replace_file
 from optimer_engine.errors import MissingExtraError
 from optimer_engine.redaction import redacted_data
-from optimer_engine.search.config import SearchConfig
+from optimer_engine.search.config import SearchConfig, is_range
 from optimer_engine.search.corpus import CorpusObjective
 from optimer_engine.search.objective import Examples, Objective, Scored
+from optimer_engine.search.space import Space
 from optimer_engine.types import DType
 
 
@@ -41,11 +44,13 @@ class LivePool:
 
         self._config = config
         self._dtype = DType.parse(config.dtype).torch_name
-        zero = self.recipe({v.name: 0.0 for v in config.vectors})
+        self._space = Space.of(config)
+        # the middle: memory for masks is planned for
+        middle = self.recipe(self._space.to_weights(np.full(len(self._space.names), 0.5)))
         # Sending every input to a GPU for each trial would take longer than sending the merge.
         gpu = config.device if ":" in config.device else "cuda:0"
         self._plan = plan(
-            zero,
+            middle,
             device=gpu if config.resident_mem else "cpu",
             resident_mem=config.resident_mem or 0,
         )
@@ -102,7 +107,7 @@ class LivePool:
         from optimer_engine.sink import LiveModelSink
 
         if "model" in self._given:
-            self._plan.with_weights(weights).run(LiveModelSink(self._given["model"]))
+            self._plan.with_settings(self.recipe(weights)).run(LiveModelSink(self._given["model"]))
         self._given["recipe"] = self.recipe(weights).to_dict()
         if "folder" in self._given:
             shutil.rmtree(self._given["folder"], ignore_errors=True)
@@ -123,7 +128,6 @@ class LivePool:
 
         from optimer_engine.planner import plan
         from optimer_engine.search.gradient import descend
-        from optimer_engine.search.space import Space
         from optimer_engine.search.staging import drawn
 
         config = self._config
@@ -139,7 +143,7 @@ class LivePool:
             self._given["model"],
             corpora,
             {t.name: t.weight for t in config.objective if t.name in examples},
-            Space.of(config.vectors),
+            self._space,
             steps=config.gradient_steps,
             examples=examples,
         )
@@ -167,16 +171,24 @@ class LivePool:
         """The recipe that merges the pool with ``weights``."""
         from optimer_engine.recipe import Recipe, Source
 
-        sources = [
-            Source(name=v.name, model=v.model, weight=weights[v.name], revision=v.revision)
-            for v in self._config.vectors
+        config = self._config
+        fixed = [
+            {k: v for k, v in given.items() if not is_range(v)}
+            for given in (config.parameters, *(v.parameters for v in config.vectors))
         ]
-        return Recipe(
-            base=self._config.base,
+        sources = [
+            Source(name=v.name, model=v.model, revision=v.revision, parameters=given)
+            for v, given in zip(config.vectors, fixed[1:], strict=True)
+        ]
+        plain = Recipe(
+            base=config.base,
             sources=sources,
-            base_revision=self._config.base_revision,
-            out_dtype=self._config.out_dtype,
+            base_revision=config.base_revision,
+            out_dtype=config.out_dtype,
+            method=config.merge_method,
+            parameters=fixed[0],
         )
+        return self._space.recipe(plain, weights)
 
 
 def load_model(folder: str, *, dtype: str = "float32", device: str = "cpu") -> Any:

@@ -30,7 +30,7 @@ from optimer_engine.errors import OptimerError
 from optimer_engine.search import paper
 from optimer_engine.search.answers import Answers
 from optimer_engine.search.config import SearchConfig
-from optimer_engine.search.cost import Goal, front, is_whole, reference_of
+from optimer_engine.search.cost import Goal, front, is_base, is_whole, reference_of
 from optimer_engine.search.crew import Answer, Crew
 from optimer_engine.search.evaluation import Steps, trial_steps
 from optimer_engine.search.landscape import Landscape
@@ -68,7 +68,7 @@ class Loop:
         self, config: SearchConfig, counts: dict[str, int], crew: Crew, journal: Journal
     ) -> None:
         self.config, self.crew, self.journal = config, crew, journal
-        self.space, self.goal = Space.of(config.vectors), Goal.of(config)
+        self.space, self.goal = Space.of(config), Goal.of(config)
         assert journal.run is not None
         self.answers = Answers(journal.run.identity)
         self.answers.learn(journal.told)
@@ -194,8 +194,7 @@ class Loop:
         if self.config.method == "paper":
             return paper.stages(counts, final=trial.origin.startswith(CONFIRM))
         reference = reference_of(self._landscape().points) if self.journal.told else None
-        base = not any(trial.weights.values())
-        if reference is None or base or trial.origin.startswith(CONFIRM):
+        if reference is None or is_base(trial.origin) or trial.origin.startswith(CONFIRM):
             return [dict(counts)]
         whole = {n: counts[n] for n in counts if not reference.scores[n].parts}
         return [row | whole for row in stages(counts, self.config.first_share)]

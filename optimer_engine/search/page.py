@@ -81,8 +81,7 @@ def _page(
     name: str, identity: dict[str, Any], told: list[Told], ended: dict[str, Any],
     between: cosines.Cosines | None, refresh_s: int | None,
 ) -> str:  # fmt: skip
-    ranges = identity["space"]
-    space = Space(tuple(ranges), *(np.array([r[i] for r in ranges.values()]) for i in (0, 1)))
+    space = Space.described(identity)
     protocol = identity.get("protocol", {})
     goal = Goal(
         identity["weights"], protocol.get("max_loss", {}),
@@ -152,7 +151,7 @@ def _baselines(space: Space, land: Landscape, goal: Goal) -> str:
     assert land.best is not None
     rows.append(_row("best", space, land, land.best))
     weights = land.points[land.best].weights
-    positive = {n: max(w, 0.0) for n, w in weights.items()}
+    positive = {n: max(w, 0.0) for n, w in space.by_vector(weights).items()}
     total = sum(positive.values()) or 1.0
     ratios = ", ".join(f"{n} {w / total:.1%}" for n, w in positive.items())
     limits = "".join(f" {escape(n)} may lose {m:.1%}." for n, m in goal.limits.items())

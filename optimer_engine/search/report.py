@@ -43,12 +43,13 @@ class SearchReport(msgspec.Struct, kw_only=True):
     """The result of a search.
 
     Attributes:
-        best_weights: weight by vector; the evaluated point with the lowest surrogate mean.
+        best_weights: value of each dimension of `space.Space`, which is the weight by vector where
+            nothing else is searched; the evaluated point with the lowest surrogate mean.
         best_number: the first trial of it.
         best_cost: its observed cost; 0 is the base, negative a gain, see ``cost.py``.
         predicted_cost, predicted_sd: the surrogate's mean and standard deviation there.
         noise_sd: the observation noise the surrogate learned, in units of the cost.
-        sum_of_weights: their sum.
+        sum_of_weights: over the vectors, each with the mean weight of its groups of layers.
         ratios: the weights read as shares of a data mixture; see ``ratios_note``.
         ended: why the search stopped.
         table: base, uniform average, single vectors and the best.
@@ -99,7 +100,7 @@ def make_report(
     config: SearchConfig, identity: dict[str, Any], told: list[Told], ended: str
 ) -> SearchReport:
     """The report of the finished trials ``told``, at least one of them ok; why they ``ended``."""
-    space, goal = Space.of(config.vectors), Goal.of(config)
+    space, goal = Space.of(config), Goal.of(config)
     landscape = Landscape(space, told, goal)
     points, seen = landscape.points, landscape.observed
     scored = [i for i, p in enumerate(points) if p.scores]
@@ -117,7 +118,8 @@ def make_report(
     known = space.known_points().items()
     table = [row(n, i) for n, w in known for i in scored if points[i].weights == w]
     weights = points[best].weights
-    positive = {name: max(w, 0.0) for name, w in weights.items()}
+    by_vector = space.by_vector(weights)
+    positive = {name: max(w, 0.0) for name, w in by_vector.items()}
     total = sum(positive.values())
     reused = sum(t.origin.startswith(REUSED) for t in told)
     return SearchReport(
@@ -128,7 +130,7 @@ def make_report(
         predicted_sd=float(landscape.variance[best] ** 0.5),
         noise_sd=landscape.model.noise_sd,
         ended=ended,
-        sum_of_weights=sum(weights.values()),
+        sum_of_weights=sum(by_vector.values()),
         ratios={name: w / total if total else 0.0 for name, w in positive.items()},
         table=[*table, row("best", best)],
         front=[

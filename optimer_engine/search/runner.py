@@ -26,6 +26,7 @@ from optimer_engine.search.live import LivePool
 from optimer_engine.search.loop import JOURNAL, Callback, Loop
 from optimer_engine.search.objective import Evaluate, Objective, Scored
 from optimer_engine.search.report import SearchReport, make_report
+from optimer_engine.search.space import Space
 from optimer_engine.search.subject import FunctionSubject, Subject
 from optimer_engine.search.trials import REUSED, Journal, Run, Told, read, unwritable
 
@@ -142,7 +143,8 @@ def _heldout(config: SearchConfig, crew: Crew, report: SearchReport, out: Path) 
     found = {row.name: (row.weights, row.cost) for row in report.table}
     alone = [name for name in found if name.startswith("only ")]
     names = ["base", "uniform", *sorted(alone, key=lambda name: found[name][1])[:1], "best"]
-    zero = {v.name: 0.0 for v in config.vectors}, 0.0
+    space = Space.of(config)
+    zero = dict.fromkeys(space.names, 0.0) | space.known_points().get("base", {}), 0.0
     chosen = {name: found.get(name, zero) for name in names if name in found or name == "base"}
     terms = config.heldout or [t for t in config.objective if t.weight]
     weights = {t.name: t.weight for t in terms} or dict.fromkeys(report.higher_is_better, 1.0)
@@ -171,15 +173,13 @@ def merge_trial(run: str | Path, number: int) -> Path:
     from optimer_engine.recipe import Recipe
 
     run = Path(run)
-    _, told = read(run / JOURNAL)
+    head, told = read(run / JOURNAL)
     tried = {t.number: t.weights for t in told}
     if number not in tried:
         raise RecipeError(f"no trial {number}; there are 0 to {max(tried)}", where=str(run))
     recipe = Recipe.load(run / "best.yaml")
-    weights = tried[number]
-    sources = [msgspec.structs.replace(s, weight=weights[s.name]) for s in recipe.sources]
     folder = run / f"trial-{number}"
-    merge(msgspec.structs.replace(recipe, sources=sources), folder)
+    merge(Space.described(head.identity).recipe(recipe, tried[number]), folder)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import signal
@@ -62,22 +61,6 @@ def test_finds_the_optimum_of_a_known_landscape(tmp_path: Path) -> None:
     known = {row.name: row.cost for row in report.table}
     assert known["best"] < min(known[name] for name in known if name != "best")
     assert known["base"] == 0.0
-
-
-def test_the_benchmark_beats_random_search() -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "search_quality.py"
-    spec = importlib.util.spec_from_file_location("search_quality", path)
-    assert spec is not None and spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    f, optimum = bench.landscape(4, 0)
-    assert f(optimum) == 0.0
-    worlds = [bench.World(4, 0.03, 0) for _ in range(2)]
-    ours, random = (
-        bench.METHODS[m](w, 0) for m, w in zip(("optimer", "random"), worlds, strict=True)
-    )
-    assert ours[-1][1] < 0.3 < random[-1][1]
-    assert ours[-1][0] == worlds[0].examples < 0.5 * worlds[1].examples
 
 
 def test_noise_does_not_lead_it_astray(tmp_path: Path) -> None:

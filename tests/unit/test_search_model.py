@@ -18,17 +18,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
 from optimer_engine.cli.search import command
-from optimer_engine.engine import extract
+from optimer_engine.engine import extract, merge
 from optimer_engine.errors import OptimerError, RecipeError
+from optimer_engine.recipe import Recipe
 from optimer_engine.search import (
     CorpusObjective,
     SearchConfig,
     Term,
     Vector,
     bits_per_byte,
+    merge_trial,
     run_search,
     searched_in,
 )
+from optimer_engine.search.page import write_page
 from optimer_engine.search.tasks import TaskObjective
 
 TEXTS = {
@@ -626,3 +629,78 @@ def test_any_trial_is_merged_by_its_number(pool: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-6)
     with pytest.raises(RecipeError, match="no trial 99"):
         CliRunner().invoke(command, ["--merge", "99", "-o", str(tmp_path)], catch_exceptions=False)
+
+
+# more than one weight per vector ------------------------------------------------------------------
+
+
+def test_layer_groups_and_method_parameters_are_searched_and_reproduced(
+    pool: Path, tokenizer: Fast, tmp_path: Path
+) -> None:
+    """Live merges, the winner on disk, its recipe and any trial by number are the same merges."""
+    config = searched(
+        pool,
+        vectors=[
+            Vector("ja", str(pool / "ja"), parameters={"density": [0.3, 1.0]}),
+            Vector("math", str(pool / "full-math"), parameters={"density": 0.8}),
+        ],
+        merge_method="dare_linear",
+        parameters={"lambda": [0.5, 1.5], "seed": 4},
+        layer_groups=2,
+        trials=10,
+        first_share=1.0,
+    )
+    run = tmp_path / "run"
+    report = run_search(config, run)
+    assert list(report.best_weights) == [
+        "ja 1/2", "ja 2/2", "math 1/2", "math 2/2", "lambda", "ja density",
+    ]  # fmt: skip
+    rows = {row.name: row for row in report.table}
+    assert rows["only ja"].weights == {
+        "ja 1/2": 1.0, "ja 2/2": 1.0, "math 1/2": 0.0, "math 2/2": 0.0,
+        "lambda": 1.0, "ja density": 1.0,
+    }  # fmt: skip
+    assert rows["base"].cost == 0.0 and report.ratios.keys() == {"ja", "math"}
+    objective = CorpusObjective({n: pool / f"{n}.txt" for n in TEXTS}, tokenizer, block_length=16)
+
+    def scores(folder: Path) -> dict[str, float]:
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        return {name: score.value for name, score in objective(model).items()}
+
+    assert scores(run / "best") == rows["best"].scores
+    told = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    trial = next(t for t in told if t["event"] == "told" and t["origin"] == "smac")
+    assert len(set(trial["weights"].values())) > 3
+    merged = merge_trial(run, trial["number"])
+    assert scores(merged) == {n: s["value"] for n, s in trial["scores"].items()}
+    recipe = Recipe.load(run / "best.yaml")
+    assert recipe.method == "dare_linear" and recipe.parameters["seed"] == 4
+    merge(recipe, tmp_path / "again")
+    assert scores(tmp_path / "again") == rows["best"].scores
+    assert run_search(config, run).best_weights == report.best_weights
+    assert "ja density" in write_page(run).read_text("utf-8")
+    plain = searched(pool)
+    with pytest.raises(OptimerError, match="cannot be reused"):
+        run_search(plain, tmp_path / "plain", reuse=run)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"merge_method": "tise"}, "no merge method 'tise'"),
+        ({"merge_method": "slerp"}, "slerp has no weights to search"),
+        ({"parameters": {"density": [0.1, 0.9]}}, "task_arithmetic has no parameter 'density'"),
+        ({"merge_method": "ties", "parameters": {"density": [0.9, 0.1]}}, r"must be \[low, high\]"),
+        ({"merge_method": "ties", "parameters": {"density": [0.5, 1.5]}}, "1.5 is outside 0 to 1"),
+        ({"merge_method": "ties", "parameters": {"normalize": [0, 1]}}, "is not a bool"),
+        ({"layer_groups": 0}, "layer_groups must be 1 or more"),
+        ({"layer_groups": 2, "gradient_steps": 3}, "gradient_steps are for one weight per vector"),
+        ({"layer_groups": 3}, "3 groups of layers, and the base has 2 layers"),
+    ],
+)
+def test_merges_that_cannot_be_searched_are_refused(
+    pool: Path, tmp_path: Path, wrong: dict[str, object], message: str
+) -> None:
+    with pytest.raises(OptimerError, match=message):
+        run_search(searched(pool, **wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

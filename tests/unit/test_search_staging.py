@@ -11,6 +11,7 @@ import pytest
 from optimer_engine.errors import RecipeError
 from optimer_engine.search import Score, SearchConfig, Term, Vector, run_search
 from optimer_engine.search.cost import Goal, Point, observe
+from optimer_engine.search.differences import difference, differences
 from optimer_engine.search.staging import drawn, stages
 from optimer_engine.search.surrogate import GaussianProcess
 
@@ -297,3 +298,37 @@ def test_the_paper_protocol(tmp_path: Path) -> None:
     assert report.best_weights in [t["weights"] for t in lines[100:]]
     first = sorted(lines[:100], key=lambda t: truth(t["weights"]))[:3]
     assert {t["number"] for t in first} == {int(t["origin"].split()[1]) for t in lines[100:]}
+
+
+def scored(likes: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Errors of the regressed and of the paired differences, and the variances claimed."""
+    rng = np.random.default_rng(2)
+    n, d = 40, likes.shape[1]
+    weights = np.concatenate([np.zeros((1, d)), rng.uniform(size=(n, d))])
+    hard = rng.normal(3.0, 2.0, N)
+    truths = np.array([np.log1p(((w - 0.4) ** 2).sum()) for w in weights])
+    scores: list[Score | None] = []
+    for k, w in enumerate(weights):
+        at = np.arange(N) if k == 0 else np.sort(rng.permutation(N)[: rng.choice([12, 24, 48])])
+        parts = truths[k] + hard + likes @ w + noise * rng.normal(size=N)
+        scores.append(score(parts, at if k else None))
+    found, variances = differences(scores, weights, 0)
+    truth = (truths - truths[0])[1:]
+    base = scores[0]
+    assert base is not None
+    paired = np.array([difference(s, base) for s in scores[1:] if s is not None])
+    return found[1:] - truth, paired - truth, variances[1:]
+
+
+def test_what_other_trials_tell_of_the_examples_is_taken_off() -> None:
+    likes = np.random.default_rng(0).normal(size=(N, 3))
+    likes -= likes.mean(axis=0)
+    errors, paired, variances = scored(likes, 0.05)
+    assert np.mean(errors**2) < 0.15 * np.mean(paired**2)
+    assert 0.4 < np.mean(errors**2 / variances) < 2.5
+
+
+def test_nothing_is_taken_off_where_examples_differ_by_chance_alone() -> None:
+    errors, paired, variances = scored(np.zeros((N, 3)), 0.5)
+    assert np.mean(errors**2) < 1.1 * np.mean(paired**2)
+    assert 0.4 < np.mean(errors**2 / variances) < 2.5
