@@ -7,8 +7,8 @@ finished trial, asked once and dropped. The journal of the run (trials.py) is th
 resuming, replaying under another objective and never having stopped are the same operation.
 
 The price is one fit of the surrogate per proposal, which is needed anyway after every trial.
-What SMAC contributes: the loop of model, acquisition and random interleaving, expected improvement,
-and a place where other facades, several objectives or many workers can be asked for later.
+What SMAC contributes: the loop of model, acquisition and random interleaving, and a place where
+other facades, several objectives or many workers can be asked for later.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from smac.runhistory.dataclasses import TrialInfo, TrialValue
 
 from optimer_engine.search.surrogate import GaussianProcess
 
+OPTIMISM = 2.0
+"""Standard deviations of the confidence bound by which proposals are chosen."""
 CLOUD_POINTS = 2048
 ROUNDS = 5
 SEEDS_PER_ROUND = 8
@@ -54,9 +56,9 @@ def propose(
         costs: its cost, float64 [n], finite; lower is better.
         seed: equal seed and equal trials give the equal proposal.
         model: fitted to them; fitted here where it is not given.
-        limits: models of what must not be positive, fitted to the same points; the expected
-            improvement is multiplied by the probability that it is not (Gardner and others,
-            "Bayesian optimization with inequality constraints", 2014).
+        limits: models of what must not be positive, fitted to the same points; the possible
+            improvement is multiplied by the probability that it is not, as in Gardner and others,
+            "Bayesian optimization with inequality constraints", 2014.
         running: points being tried, in the unit cube, float64 [m, d]. The models believe that each
             will cost what they expect of it (the "kriging believer" of Ginsbourger, Le Riche and
             Carraro, "Kriging is well-suited to parallelize optimization", 2010), so that the next
@@ -85,7 +87,7 @@ def propose(
             scenario,
             None,  # type: ignore[arg-type]
             model=_Surrogate(space, model, seed),
-            acquisition_function=_FeasibleEI(points, limits, running),
+            acquisition_function=_Optimistic(points, limits, running),
             acquisition_maximizer=_CloudSearch(space, seed=seed),
             initial_design=BlackBoxFacade.get_initial_design(scenario, n_configs=0),
             intensifier=BlackBoxFacade.get_intensifier(scenario, max_config_calls=1),
@@ -127,10 +129,13 @@ class _Surrogate(AbstractModel):
         return self._gp.predict(X)
 
 
-class _FeasibleEI(EI):
-    """Expected improvement on the best point that keeps the limits, where they are kept.
+class _Optimistic(EI):
+    """What a point may improve on the best one at its lower confidence bound, if limits are kept.
 
-    While no point is known to keep them, the probability of keeping them is all that counts.
+    (best mean − mean + OPTIMISM · sd)₊ · P(limits kept). With noisy scores this explores where
+    expected improvement keeps sampling one spot: near the optimum all means are alike, and EI,
+    which weighs a gain by how likely it is, leaves the directions of little curvature unmeasured.
+    While no point is known to keep the limits, the probability of keeping them is all that counts.
     """
 
     def __init__(
@@ -150,7 +155,12 @@ class _FeasibleEI(EI):
 
     def _compute(self, X: np.ndarray) -> np.ndarray:
         kept = probability_kept(self._limits, X).reshape(-1, 1)
-        return kept if self._eta is None else super()._compute(X) * kept
+        if self._eta is None:
+            return kept
+        assert self._model is not None
+        mean, variance = self._model.predict_marginalized(X)
+        gain = self._eta - mean + OPTIMISM * np.sqrt(variance)
+        return np.asarray(np.maximum(gain, 0.0).reshape(-1, 1) * kept)
 
 
 def probability_kept(limits: Sequence[GaussianProcess], points: np.ndarray) -> np.ndarray:

@@ -6,7 +6,9 @@ on a model of everything seen so far. A Gaussian process does that with calibrat
 ten points on. The alternatives: random forests, SMAC's other surrogate, are piecewise constant and
 need several times the trials on such landscapes; TPE models where good points lie, not the cost,
 and cannot say how sure it is; a quadratic regression is as good near the optimum and wrong
-elsewhere.
+elsewhere. So a quadratic with unknown coefficients is part of this model: without it the process
+falls back to the mean of all costs a short way from what was tried, and takes every step beyond the
+trials for a step uphill.
 
 SMAC's own Gaussian process is the same mathematics, fitted through a general kernel algebra. This
 one is written for this one kernel, with the gradient of the likelihood by hand, and is 10 to 25
@@ -25,6 +27,9 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
 SQRT5 = 5.0**0.5
+TREND, STEEPNESS = 0.25, 1.5
+"""Prior variance of the quadratic's constant, in standardised costs; of its slopes, more by the
+square of the second number."""
 # log-normal priors (mean, sd of the logarithm) of the hyperparameters of standardised costs in the
 # unit cube; the length scale's mean grows with the dimension as distances do.
 SIGNAL_PRIOR = (0.5, 1.0)
@@ -46,7 +51,7 @@ def winsorise(costs: np.ndarray) -> np.ndarray:
 
 
 class GaussianProcess:
-    """Matérn-5/2 regression with one length scale per dimension, known and learned noise.
+    """Matérn-5/2 around a quadratic, with a length scale per dimension, known and learned noise.
 
     ``fit`` takes points in the unit cube, shape [n, d] float64, their costs, shape [n], and what is
     known of their errors; the hyperparameters are the maximum a posteriori found by L-BFGS from two
@@ -77,6 +82,8 @@ class GaussianProcess:
         known = np.zeros(len(clipped)) if variances is None else np.asarray(variances)
         self._known = known / self._scale**2
         self._squares = (self._x[:, None, :] - self._x[None, :, :]) ** 2
+        self._centre = self._x.mean(axis=0)
+        self._trend_here = self._trend(self._x, self._x)
         self.theta = self._most_probable() if theta is None else theta
         k, _, _ = self._covariance(self.theta)
         self._chol = cholesky(k, lower=True)
@@ -101,10 +108,13 @@ class GaussianProcess:
         length = np.exp(self.theta[1:-1])
         a, b = points / length, self._x / length
         square = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2.0 * a @ b.T
-        k = np.exp(self.theta[0]) * _matern(np.sqrt(np.maximum(square, 0.0)))[0]
+        k = np.exp(self.theta[0]) * _shape(np.maximum(square, 0.0))[0]
+        k += self._trend(points, self._x)
         mean = k @ self._alpha
         v = solve_triangular(self._chol, k.T, lower=True)
-        variance = np.maximum(np.exp(self.theta[0]) - (v**2).sum(0), 1e-12)
+        z = STEEPNESS * (points - self._centre)
+        prior = np.exp(self.theta[0]) + TREND * (1.0 + (z**2).sum(1)) ** 2
+        variance = np.maximum(prior - (v**2).sum(0), 1e-12)
         return mean * self._scale + self._mean, variance * self._scale**2
 
     def believing(self, points: np.ndarray) -> GaussianProcess:
@@ -125,11 +135,15 @@ class GaussianProcess:
         """Standard deviation of the learned observation noise, in units of the costs told."""
         return float(np.exp(0.5 * self.theta[-1])) * self._scale
 
+    def _trend(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Covariance of a quadratic in the weights, [n, m] for ``a`` [n, d] and ``b`` [m, d]."""
+        inner = (a - self._centre) @ (b - self._centre).T
+        return np.asarray(TREND * (1.0 + STEEPNESS**2 * inner) ** 2)
+
     def _covariance(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        r = np.sqrt(self._squares @ np.exp(-2.0 * theta[1:-1]))
-        shape, slope = _matern(r)
+        shape, slope = _shape(self._squares @ np.exp(-2.0 * theta[1:-1]))
         signal = np.exp(theta[0]) * shape
-        k = signal + np.diag(np.exp(theta[-1]) + 1e-8 + self._known)
+        k = signal + self._trend_here + np.diag(np.exp(theta[-1]) + 1e-8 + self._known)
         return k, signal, np.exp(theta[0]) * slope
 
     def _loss(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -151,7 +165,8 @@ class GaussianProcess:
         return float(value), gradient + z / self._prior_sd
 
 
-def _matern(r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Matérn-5/2 at scaled distance r, and −k'(r)/r = 5/3·(1 + √5 r)·exp(−√5 r)."""
+def _shape(square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Matérn-5/2 at squared scaled distance r², and −k'(r)/r = 5/3·(1 + √5 r)·exp(−√5 r)."""
+    r = np.sqrt(square)
     decay = np.exp(-SQRT5 * r)
-    return (1.0 + SQRT5 * r + 5.0 / 3.0 * r**2) * decay, 5.0 / 3.0 * (1.0 + SQRT5 * r) * decay
+    return (1.0 + SQRT5 * r + 5.0 / 3.0 * square) * decay, 5.0 / 3.0 * (1.0 + SQRT5 * r) * decay
