@@ -97,7 +97,8 @@ def propose(
         for point, cost in zip(points, costs, strict=True):
             values = {name: float(x) for name, x in zip(names, point, strict=True)}
             info = TrialInfo(Configuration(space, values=values), seed=0)
-            smac.tell(info, TrialValue(cost=float(cost)), save=False)
+            # not smac.tell: it would rank all trials again after each, for incumbents nobody asks
+            smac.runhistory.add_trial(info, TrialValue(cost=float(cost)))
         for point in running:
             values = {name: float(x) for name, x in zip(names, point, strict=True)}
             info = TrialInfo(Configuration(space, values=values), seed=0)

@@ -150,7 +150,7 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     relative: bool = False
     method: Literal["smac", "paper"] = "smac"
     trials: int | None = None
-    patience: int = 10
+    patience: int = 15
     first_share: float = 0.125
     gradient_steps: int = 0
     trial_limit_s: float | None = None

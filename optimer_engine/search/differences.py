@@ -136,7 +136,7 @@ class _Seen:
         outer = features[:, :, None] * features[:, None, :]
         inverse = np.linalg.inv(np.tensordot(seen.T, outer, 1) + ridge * np.eye(p))  # [N, p, p]
         turned = np.einsum("ipq,kq->kip", inverse, features)
-        leverage = np.einsum("kip,kp->ki", turned, features)
+        leverage = np.where(self.seen, np.einsum("kip,kp->ki", turned, features), 0.0)
         d = self.paired
         predicted = np.zeros(seen.shape)
         for _ in range(ROUNDS):

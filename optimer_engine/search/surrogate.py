@@ -125,6 +125,7 @@ class GaussianProcess:
         after._y = np.concatenate([self._y, (mean - self._mean) / self._scale])
         after._known = np.concatenate([self._known, np.zeros(len(points))])
         after._squares = (after._x[:, None, :] - after._x[None, :, :]) ** 2
+        after._trend_here = after._trend(after._x, after._x)
         k, _, _ = after._covariance(self.theta)
         after._chol = cholesky(k, lower=True)
         after._alpha = cho_solve((after._chol, True), after._y)
