@@ -75,7 +75,11 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0),
     help="Search nothing: merge trial NUMBER of the run in --out to OUT/trial-NUMBER.",
 )
-@click.option("--trials", type=click.IntRange(min=1), help="Merges tried at most; default 60.")
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    help="Merges tried at most; default 60, or more.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Default: 0.")
 @click.option("--dtype", help="Of the live model; default float32.")
 @click.option("--device", help="Of the live model, e.g. cuda; default cpu.")

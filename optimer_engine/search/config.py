@@ -119,7 +119,8 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         relative: measure each term in per cent of the base's score.
         method: ``smac``, or ``paper``: independent TPE, 100 trials of which 20 random, on the first
             100 examples, the best 3 again on 300; see ``paper.py``.
-        trials: merges tried at most; by default 60, and 100 with the paper's method.
+        trials: merges tried at most; by default 15 for each searched number, at least 60, and 100
+            with the paper's method.
         patience: stop after so many trials without progress; 0 makes all of them.
         first_share: share of the examples that every trial is scored on; only the hopeful go on,
             twice as many each time, up to all. 1 scores all at once.
@@ -221,7 +222,14 @@ class SearchConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         """Merges this search tries at most, the default filled in."""
         if self.trials is not None:
             return self.trials
-        return 100 if self.method == "paper" else 60
+        return 100 if self.method == "paper" else max(60, 15 * self.dimensions)
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers that are searched."""
+        given = [self.parameters, *(v.parameters for v in self.vectors)]
+        ranges = sum(is_range(value) for own in given for value in own.values())
+        return self.layer_groups * len(self.vectors) + ranges
 
 
 def _written(item: msgspec.Struct) -> dict[str, Any]:
