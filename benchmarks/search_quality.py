@@ -160,7 +160,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--seeds", default=20, show_default=True)
-@click.option("--first-seed", default=0, show_default=True)
+@click.option("--first-seed", default=1000, show_default=True)
 @click.option("--dims", multiple=True, type=int, default=DIMS, show_default=True)
 @click.option("--noises", multiple=True, type=float, default=NOISES, show_default=True)
 @click.option(

@@ -332,3 +332,21 @@ def test_nothing_is_taken_off_where_examples_differ_by_chance_alone() -> None:
     errors, paired, variances = scored(np.zeros((N, 3)), 0.5)
     assert np.mean(errors**2) < 1.1 * np.mean(paired**2)
     assert 0.4 < np.mean(errors**2 / variances) < 2.5
+
+
+def test_the_surrogate_goes_on_downhill_beyond_the_trials() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.0, 0.5, (24, 3))
+    y = ((x - 0.9) ** 2).sum(axis=1)
+    mean, _ = GaussianProcess().fit(x, y + 0.03 * rng.normal(size=24)).predict(np.full((1, 3), 0.9))
+    assert mean[0] < 0.5 * y.min()
+
+
+def test_more_numbers_get_more_trials() -> None:
+    def trials(n: int, **more: object) -> int:
+        vectors = [Vector(f"v{i}", f"v{i}") for i in range(n)]
+        return SearchConfig(base="base", vectors=vectors, **more).total_trials  # type: ignore[arg-type]
+
+    assert (trials(2), trials(6), trials(6, method="paper")) == (60, 90, 100)
+    halves = {"layer_groups": 2, "merge_method": "ties", "parameters": {"density": [0.1, 1.0]}}
+    assert trials(3, **halves) == 105
