@@ -14,7 +14,7 @@ and what regret is: 0 at the optimum.
 
     python -m benchmarks.search_quality run --pool FOLDER      # goes on where it was stopped
     python -m benchmarks.search_quality exact --pool FOLDER    # real merges of the ends
-    python -m benchmarks.search_quality table
+    python -m benchmarks.search_quality table --write          # into docs/search.md
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from benchmarks.search_worlds import (
 )
 
 RESULTS = Path(__file__).parent / "results" / "search_quality.jsonl"
+DOCS, MARK = Path(__file__).parents[1] / "docs" / "search.md", "<!-- search_quality -->"
 DIMS, NOISES = (4, 6, 8), (0.0, 0.03, 0.1)
 TRIALS, FINALISTS = 100, 3
 EVENLY, ONE_MORE = {"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 4.0, "b": 1.0, "c": 1.0}
@@ -257,10 +258,18 @@ def exact(pool: Path, results: Path) -> None:
 
 @main.command()
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
-def table(results: Path) -> None:
+@click.option("--write", is_flag=True, help="Into docs/search.md, too.")
+def table(results: Path, write: bool) -> None:
     """Print the tables that the results make."""
     rows = _rows(results)
-    print(tables([r for r in rows if "curve" in r]), exact_table(rows), sep="\n\n")
+    text = tables([r for r in rows if "curve" in r])
+    if any("exact" in r for r in rows):
+        text += "\n\n" + exact_table(rows)
+    print(text)
+    if write:
+        page = DOCS.read_text("utf-8")
+        before, after = page.index(MARK) + len(MARK), page.index("<!-- end -->")
+        DOCS.write_text(page[:before] + "\n" + text + "\n" + page[after:], "utf-8")
 
 
 def _thinned(curve: Curve) -> Curve:
