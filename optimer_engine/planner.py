@@ -204,6 +204,8 @@ def _plan_recipe(recipe: Recipe, every_source: bool, whole: bool, backend: Backe
     named = list(zip(names, sources, strict=True))
     rows, warnings, files, omitted = align(base, named, out_dtype, recipe.rows, recipe.vocabulary)
     warnings += suspicions(base, named, out_dtype)
+    if recipe.method not in JOINED:
+        rows = [_unmoved(row, (base, *sources)) for row in rows]
     unfolded = treatments_of(recipe)
     treatments = tuple(map(fold, unfolded))
     groups = _layer_groups([row.out.name for row in rows], len(treatments))
@@ -211,8 +213,6 @@ def _plan_recipe(recipe: Recipe, every_source: bool, whole: bool, backend: Backe
         msgspec.structs.replace(row, treatment=group)
         for row, group in zip(rows, groups, strict=True)
     )
-    if recipe.method not in JOINED:
-        rows = [_unmoved(row, (base, *sources)) for row in rows]
     return Plan(
         _pinned(recipe, (base, *sources)),
         (base, *sources),
@@ -248,7 +248,7 @@ def _layer_groups(names: Sequence[str], groups: int) -> list[int]:
     """By tensor, which of so many equal groups of consecutive layers it belongs to."""
     if groups == 1:
         return [0] * len(names)
-    from optimer_engine.mergekit.names import comes_first, layer, plain
+    from optimer_engine.names import comes_first, layer, plain
 
     found = [layer(plain(name)) for name in names]
     layers: dict[str, int] = {}
