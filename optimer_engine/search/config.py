@@ -32,13 +32,15 @@ MOST_SEED = 2**31 - 1
 class Vector(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """One searched weight: a distribution vector or a full checkpoint, and the range of its weight.
 
-    ``range`` is [low, high]; weights below 0 subtract the vector.
+    ``range`` is [low, high]; weights below 0 subtract the vector. ``final`` takes the place of
+    ``model`` in the winner on disk: the exact vector, where a packed one is searched.
     """
 
     name: str
     model: str
     range: tuple[float, float] = (0.0, 1.0)
     revision: str | None = None
+    final: str | None = None
 
     def __post_init__(self) -> None:
         low, high = self.range
@@ -251,7 +253,12 @@ def with_absolute_paths(config: SearchConfig) -> SearchConfig:
     return msgspec.structs.replace(
         config,
         base=absolute(config.base),
-        vectors=[msgspec.structs.replace(v, model=absolute(v.model)) for v in config.vectors],
+        vectors=[
+            msgspec.structs.replace(
+                v, model=absolute(v.model), final=None if v.final is None else absolute(v.final)
+            )
+            for v in config.vectors
+        ],
         objective=[moved(t) for t in config.objective],
         heldout=[moved(t) for t in config.heldout],
     )
