@@ -17,11 +17,12 @@ import numpy as np
 
 from optimer_engine import vectors
 from optimer_engine.checkpoint import VECTOR, Checkpoint
-from optimer_engine.kernels.reference import BF16, F16, F32, F64
+from optimer_engine.kernels.reference import BF16, F16, F32, F64, STORAGE, upcast
 from optimer_engine.kernels.reference_packed import BLOCK, distance, reference_bits, widths
 
 MANTISSA_BITS = {BF16: 7, F16: 10, F32: 23, F64: 52}
-SAMPLE_ELEMS = 1 << 18
+SAMPLE_ELEMS = 1 << 15
+"""Of a tensor."""
 KEPT_BITS = 5
 """Of the median distance; a smooth distribution is even within a step of this size."""
 
@@ -94,10 +95,8 @@ def main(base: Path, trained: Path) -> None:
 def _row(
     reference: np.ndarray, trained: np.ndarray, code: int, elems: int
 ) -> tuple[int, float, float, float]:
-    from optimer_engine.kernels.reference import upcast
-
-    theta = upcast(reference, code, np.float64)
-    tau = upcast(trained, code, np.float64) - theta
+    theta = upcast(reference.view(STORAGE[code]), code, np.float64)
+    tau = upcast(trained.view(STORAGE[code]), code, np.float64) - theta
     moved = float(np.linalg.norm(tau) / max(np.linalg.norm(theta), 1e-300))
     return elems, moved, exact_share(reference, trained), entropy_share(reference, trained, code)
 
