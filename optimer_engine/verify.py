@@ -41,7 +41,7 @@ def verify_output(
     full: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, object]:
-    """Check a folder that `merge`, `extract`, `pack` or `unpack` wrote: every byte against its hash.
+    """Check what `merge`, `extract`, `pack` or `unpack` wrote: every byte against its hash.
 
     Args:
         sampled: also compute some tiles of every file again from the sources, and compare.
