@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks import kernel, memory, merge, methods, overhead, startup, vectors
+from benchmarks import inspection, kernel, memory, merge, methods, overhead, startup, vectors
 
 CASES = {
+    "inspect": inspection,
     "kernel": kernel,
     "memory": memory,
     "merge": merge,

@@ -33,7 +33,7 @@ def case(
     wanted += [(size_bytes, sources, "pread"), (size_bytes, sources, "mmap")]
 
     def contestant(size: int, count: int, backend: str) -> Contestant:
-        folders = [_sparse(work / f"sparse-{size}-{number}", size) for number in range(count + 1)]
+        folders = [sparse(work / f"sparse-{size}-{number}", size) for number in range(count + 1)]
         held = (folders[0] / "model.safetensors.index.json").read_text("utf-8")
         total = json.loads(held)["metadata"]["total_size"]
         pairs = [f"{0.4 / number}={folder}" for number, folder in enumerate(folders[1:], start=1)]
@@ -87,7 +87,7 @@ def _shapes(size_bytes: int) -> dict[str, tuple[int, ...]]:
     return {**shapes, "model.norm.weight": (width,)}
 
 
-def _sparse(folder: Path, size_bytes: int) -> Path:
+def sparse(folder: Path, size_bytes: int) -> Path:
     """A checkpoint in 5 GB shards whose files are headers and holes."""
     if folder.exists():
         return folder

@@ -29,6 +29,7 @@ class Contestant:
         name, kind, moved_bytes, compared_to: as in `record.Row`.
         run: does the work once and says what it cost.
         check: compares the output of the last run with the oracle.
+        before: what is done before each run, behind the case's own.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Contestant:
     run: Callable[[], Cost]
     compared_to: str | None = None
     check: Callable[[], Accuracy] | None = None
+    before: Callable[[], None] | None = None
 
 
 @dataclass
@@ -70,6 +72,8 @@ def run(case: Case, rounds: int) -> Record:
         def once(contestant: Contestant) -> Cost:
             progress.set_description(contestant.name)
             case.before()
+            if contestant.before is not None:
+                contestant.before()
             cost = contestant.run()
             progress.update()
             return cost

@@ -1,20 +1,28 @@
 """Case `vectors`: packed vectors beside plain copies, and merging them beside full checkpoints.
 
 Packing reads base and trained checkpoint and writes the vector; unpacking reads base and vector and
-writes the checkpoint again. The ceiling of both is a plain copy of the trained checkpoint's files
-by the same number of threads, synced to disk as ours are; GB/s count the checkpoint's bytes for
-all, so that a ratio of 1 means "as fast as copying". Then a merge of all sources into nothing, from
-full checkpoints, and from packed vectors of two modes.
+writes the checkpoint again. The ceiling of both is a plain copy of the trained checkpoint's files,
+twice: by as many threads as ours, synced to the disk as ours are, and by `cp`, which leaves the
+output in the page cache. GB/s count the checkpoint's bytes for all of these, so that a ratio of 2
+means "half as fast as copying". The rows "into nothing" do all but the writing.
 
-The parameters of the record say what each mode takes, as a share of the checkpoint's bytes: here,
-and for Gaussian weights and changes of several sizes.
+Then, from a cold page cache, all sources are merged into nothing: full checkpoints, and packed
+vectors of two modes; and the full ones are inspected. The ceiling is reading the files of base and
+full checkpoints. GB/s count the bytes that are read.
+
+The parameters of the record say what each mode takes, as a share of the checkpoint's bytes, and
+what a merge reads. For Gaussian weights and changes of several sizes they also say what `exact`
+takes beside the entropy of the distances, where each is known to have the base element's exponent:
+no lossless form that codes every element by itself and knows the base takes less.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +30,24 @@ import numpy as np
 from benchmarks import ceilings, checkpoints, measure
 from benchmarks.accuracy import Accuracy
 from benchmarks.checkpoints import weight_files
+from benchmarks.entropy import entropy_share
 from benchmarks.merge import NullSink
 from benchmarks.runner import Case, Contestant
 from optimer_engine import plan
 from optimer_engine.checkpoint import Checkpoint
+from optimer_engine.inspection.measure import Pool
+from optimer_engine.inspection.measure import measure as measure_pool
 from optimer_engine.kernels import packed
 from optimer_engine.kernels.reference import BF16, F16, F32, round_to, upcast
 from optimer_engine.kernels.reference_packed import BLOCK, CHUNK, SAME
-from optimer_engine.packing import pack, unpack
-from optimer_engine.plans import available_cores
+from optimer_engine.packing import pack, plan_unpack, unpack
+from optimer_engine.plans import Plan, available_cores
 
 DEFAULT_BYTES = 600_000_000
 RIVALS = ()
 CHANGES = (0.001, 0.003, 0.01, 0.03, 0.1)
 """|tau| / |theta| of the synthetic deltas."""
+COPY = "copy, synced"
 
 
 def case(
@@ -44,68 +56,85 @@ def case(
     """Make and pack the files, and say who runs on them."""
     del rivals
     inputs = checkpoints.make(work, size_bytes, sources)
-    trained, out, threads = inputs.sources[0], work / "out", available_cores()
+    base, trained, out, threads = inputs.base, inputs.sources[0], work / "out", available_cores()
     full = inputs.base_bytes
-    shares: dict[str, float] = {}
-    folders: dict[str, list[Path]] = {}
+    folders = {"full": list(inputs.sources)}
     for mode in ("exact", "int8"):
-        folders[mode] = [_packed(inputs.base, source, mode) for source in inputs.sources]
-        size = sum(file.stat().st_size for file in weight_files(folders[mode][0]))
-        shares[f"{mode}_share"] = round(size / full, 4)
-    read = [*inputs.files, *(f for made in folders.values() for v in made for f in weight_files(v))]
+        folders[mode] = [_packed(base, source, mode) for source in inputs.sources]
+    read = {mode: [base, *made] for mode, made in folders.items()}
+    read_bytes = {mode: sum(map(_bytes, made)) for mode, made in read.items()}
+    full_files = [file for folder in read["full"] for file in weight_files(folder)]
+    files = [file for made in read.values() for folder in made for file in weight_files(folder)]
 
     def before() -> None:
         shutil.rmtree(out, ignore_errors=True)
         os.sync()  # or one contestant would wait for the write-back of another
-        (measure.evict if cold else measure.warm)(read)
+        (measure.evict if cold else measure.warm)(files)
 
-    def ours(name: str, run: Callable[[], object], other: str | None = None) -> Contestant:
+    def ours(name: str, run: Callable[[], object], other: str = COPY) -> Contestant:
         return Contestant(name, "ours", full, lambda: measure.of_call(run), other)
 
-    contestants = [
-        Contestant(
-            "copy the files",
-            "ceiling",
-            full,
-            lambda: measure.of_call(lambda: _copy(weight_files(trained), out, threads)),
-        ),
-        ours("pack exact", lambda: pack(inputs.base, trained, out), "copy the files"),
-        Contestant(
-            "unpack exact",
-            "ours",
-            full,
-            lambda: measure.of_call(lambda: unpack(inputs.base, folders["exact"][0], out)),
-            "copy the files",
-            lambda: _compare(out, trained),
-        ),
-        ours("pack int8", lambda: pack(inputs.base, trained, out, mode="int8"), "copy the files"),
-        ours("merge full checkpoints", lambda: _merge(inputs.base, inputs.sources)),
-    ]
-    contestants += [
-        ours(
-            f"merge {mode} vectors",
-            lambda mode=mode: _merge(inputs.base, folders[mode]),  # type: ignore[misc]
-            "merge full checkpoints",
-        )
-        for mode in folders
-    ]
-    shared = {
-        f"exact_share_of_{name}_at_{'_'.join(map(str, CHANGES))}": _synthetic(code)
-        for name, code in (("bf16", BF16), ("fp16", F16), ("fp32", F32))
+    def from_cold(contestant: Contestant) -> Contestant:
+        contestant.name += ", cold"
+        contestant.before = lambda: measure.evict(files)
+        return contestant
+
+    def merging(mode: str) -> Contestant:
+        other = "read base and full" if mode == "full" else f"merge {sources} full"
+        run = ours(f"merge {sources} {mode}", lambda: _merge(base, folders[mode]), f"{other}, cold")
+        run.moved_bytes = read_bytes[mode]
+        return from_cold(run)
+
+    vector = folders["exact"][0]
+    unpacking = ours("unpack exact", lambda: unpack(base, vector, out))
+    unpacking.check = lambda: _compare(out, trained)
+    copies = {
+        COPY: lambda: _copy(weight_files(trained), out, threads),
+        "cp, not synced": lambda: subprocess.run(["cp", "-r", trained, out], check=True),
     }
-    return Case(
-        name="vectors",
-        command=command,
-        parameters={
-            "checkpoint_bytes": full,
-            "sources": sources,
-            "page_cache": "cold" if cold else "warm",
-            **shares,
-            **shared,
-        },
-        contestants=contestants,
-        before=before,
+    reading = Contestant(
+        "read base and full", "ceiling", read_bytes["full"],
+        lambda: measure.of_call(lambda: ceilings.read(full_files, 2 * threads)),
+    )  # fmt: skip
+    inspecting = ours(
+        "inspect full", lambda: _inspect(base, inputs.sources), f"{reading.name}, cold"
     )
+    inspecting.moved_bytes = read_bytes["full"]
+    contestants = [
+        *(
+            Contestant(name, "ceiling", full, lambda run=run: measure.of_call(run))  # type: ignore[misc]
+            for name, run in copies.items()
+        ),
+        ours("pack exact", lambda: pack(base, trained, out)),
+        unpacking,
+        ours("unpack exact into nothing", lambda: _run(plan_unpack(base, vector))),
+        ours("pack int8", lambda: pack(base, trained, out, mode="int8")),
+        from_cold(reading),
+        *map(merging, folders),
+        from_cold(inspecting),
+    ]
+    parameters: dict[str, int | float | str | bool | list[float]] = {
+        "checkpoint_bytes": full,
+        "sources": sources,
+        "page_cache": "cold" if cold else "warm",
+        "changes": list(CHANGES),
+    }
+    parameters |= {
+        f"{mode}_share": round(_bytes(made[0]) / full, 4)
+        for mode, made in folders.items()
+        if mode != "full"
+    }
+    parameters |= {f"merge_{mode}_reads_bytes": count for mode, count in read_bytes.items()}
+    for name, code in (("bf16", BF16), ("fp16", F16), ("fp32", F32)):
+        shares = [_synthetic(code, change) for change in CHANGES]
+        parameters[f"exact_share_{name}"], parameters[f"entropy_share_{name}"] = (
+            [round(share, 3) for share in column] for column in zip(*shares, strict=True)
+        )
+    return Case("vectors", command, parameters, contestants, before)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def _packed(base: Path, source: Path, mode: str) -> Path:
@@ -142,7 +171,17 @@ def _copy(files: list[Path], out: Path, threads: int) -> None:
 
 def _merge(base: Path, sources: Iterable[Path]) -> None:
     named = [{"name": s.name, "model": str(s), "weight": 0.3} for s in sources]
-    made = plan({"base": str(base), "sources": named})
+    _run(plan({"base": str(base), "sources": named}))
+
+
+def _inspect(base: Path, folders: Iterable[Path]) -> None:
+    with ExitStack() as stack:
+        opened = [stack.enter_context(Checkpoint.open(folder)) for folder in (base, *folders)]
+        measure_pool(Pool(opened[1:], opened[0]), threads=available_cores())
+
+
+def _run(made: Plan) -> None:
+    """Into nothing."""
     try:
         made.run(NullSink())
     finally:
@@ -159,20 +198,17 @@ def _compare(out: Path, trained: Path) -> Accuracy:
     return Accuracy(checked_elems=elems, unlike_reference_elems=unlike)
 
 
-def _synthetic(code: int) -> list[float]:
-    """Packed over unpacked bytes of Gaussian weights, for each of CHANGES."""
+def _synthetic(code: int, change: float) -> tuple[float, float]:
+    """Packed over unpacked bytes of Gaussian weights, and what their entropy allows."""
     rng = np.random.default_rng(0)
     theta = rng.standard_normal(16 * CHUNK) * 0.02
     base = round_to(theta, code)
-    shares = []
-    for change in CHANGES:
-        moved = upcast(base, code, np.float64) + rng.standard_normal(theta.size) * 0.02 * change
-        trained = round_to(moved, code)
-        out = np.zeros(theta.size // BLOCK * (8 + BLOCK * trained.itemsize) + 8, np.uint8)
-        sizes, scratch = np.zeros(16, np.int64), np.zeros(packed.SCRATCH_BYTES, np.uint8)
-        used = packed.pack_exact(trained.itemsize, SAME, 0)(
-            trained.ctypes.data, base.ctypes.data, theta.size, out.ctypes.data, sizes.ctypes.data,
-            scratch.ctypes.data,
-        )  # fmt: skip
-        shares.append(round(used / trained.nbytes, 4))
-    return shares
+    moved = upcast(base, code, np.float64) + rng.standard_normal(theta.size) * 0.02 * change
+    trained = round_to(moved, code)
+    out = np.zeros(theta.size // BLOCK * (8 + BLOCK * trained.itemsize) + 64, np.uint8)
+    sizes, scratch = np.zeros(16, np.int64), np.zeros(packed.SCRATCH_BYTES, np.uint8)
+    used = packed.pack_exact(trained.itemsize, SAME, 0)(
+        trained.ctypes.data, base.ctypes.data, theta.size, out.ctypes.data, sizes.ctypes.data,
+        scratch.ctypes.data,
+    )  # fmt: skip
+    return used / trained.nbytes, entropy_share(base, trained, code)

@@ -34,6 +34,12 @@ HAS_COMPRESS = llvm.llvm_version_info[0] >= 19 and llvm.get_host_cpu_features().
 """Whether this processor gathers marked elements of a vector by one instruction, and LLVM knows it.
 Without, the compiler's way around is slower than a plain loop over the marks."""
 
+HAS_BIT_MOVES = llvm.get_host_cpu_features().get("bmi2", False)
+if llvm.get_host_cpu_name() in ("znver1", "znver2"):  # these spell the instructions out
+    HAS_BIT_MOVES = False
+"""Whether this processor moves the bits of a word under a mask by one quick instruction: then as
+many values as fit into a word go into a bit string, or come out of it, at once."""
+
 
 def _binary(name):
     """An intrinsic for one instruction on two integers of one type: no widening."""
@@ -103,6 +109,33 @@ def _spread(builder, value, lanes):
     return builder.shuffle_vector(alone, alone, places)
 
 
+def _bit_move(name):
+    """An intrinsic for pext or pdep: the bits of `word` under `mask` gathered, or spread."""
+
+    @intrinsic
+    def operate(_context, word, mask):
+        def generate(_target_context, builder, _signature, args):
+            wide = ir.IntType(64)
+            signature = ir.FunctionType(wide, [wide, wide])
+            instruction = f"llvm.x86.bmi.{name}.64"
+            function = cgutils.get_or_insert_function(builder.module, signature, instruction)
+            return builder.call(function, args)
+
+        return types.uint64(types.uint64, types.uint64), generate
+
+    return operate
+
+
+@loop
+def _unmoved(word, mask):
+    """Stands where a processor cannot move bits, and is not called."""
+    return word
+
+
+_gather_bits = _bit_move("pext") if HAS_BIT_MOVES else _unmoved
+_spread_bits = _bit_move("pdep") if HAS_BIT_MOVES else _unmoved
+
+
 @intrinsic
 def _load64(_context, address):
     """The little-endian uint64 at any address."""
@@ -127,7 +160,8 @@ def _store64(_context, address, value):
 
 
 def filler(base_code: int, code: int, dtype: type):
-    """A jitted (base, start, n, reference) that fills reference[:n] for elements start.. of `base`.
+    """A jitted (base, start, n, reference) that gives the address of the references of n elements
+    of `base`, from `start` on: of `reference`, filled, or in the base.
 
     base_code: of the array at `base`, or SAME; code: of the trained elements, `dtype`
     their bits. See `reference_packed.reference_bits`.
@@ -137,9 +171,7 @@ def filler(base_code: int, code: int, dtype: type):
 
         @loop
         def fill(base, start, n, reference):
-            bits = array(base + start * itemsize, dtype, n)
-            for j in range(n):
-                reference[j] = bits[j]
+            return base + start * itemsize
 
     else:
         read, write = reader(base_code), writer(code, True)
@@ -150,6 +182,7 @@ def filler(base_code: int, code: int, dtype: type):
             for j in range(n):
                 value = np.float64(read(base + start * size, j))
                 write(reference.ctypes.data, j, value if value == value else 0.0)
+            return reference.ctypes.data
 
     return fill
 
@@ -287,11 +320,36 @@ def _unpack_lanes(address, width, z):
 
 
 @loop
+def _lanes_of(values):
+    """How many values a 64-bit word holds, and such a word of ones."""
+    bits = _bits(values.dtype.type(0))
+    if bits == 64:
+        return 1, np.uint64(1)
+    full = np.uint64((np.uint64(1) << np.uint64(bits)) - np.uint64(1))
+    return 64 // bits, np.uint64(~np.uint64(0)) // full
+
+
+@loop
 def _put_bit_string(values, count, width, address):
     """Values as a bit string of whole 64-bit words; returns its bytes. width <= MAX_LAYER_BITS."""
     mask = np.uint64((np.uint64(1) << np.uint64(width)) - np.uint64(1))
     held, used, at = np.uint64(0), 0, address
-    for i in range(count):
+    first = 0
+    lanes, ones = _lanes_of(values)
+    if HAS_BIT_MOVES and lanes > 1 and lanes * width < 64:
+        step = lanes * width
+        source = values.ctypes.data
+        first = count // lanes * lanes
+        for i in range(0, first, lanes):
+            value = _gather_bits(_load64(source + i * values.itemsize), ones * mask)
+            held = np.uint64(held | (value << np.uint64(used)))
+            used += step
+            if used >= 64:
+                _store64(at, held)
+                at += 8
+                used -= 64
+                held = np.uint64(value >> np.uint64(step - used)) if used else np.uint64(0)
+    for i in range(first, count):
         value = np.uint64(np.uint64(values[i]) & mask)
         held = np.uint64(held | (value << np.uint64(used)))
         used += width
@@ -430,9 +488,9 @@ def pack_chunks(trained, base, elems, out, sizes, blocks, counts, fill):
     at, chunk_start, chunk = out, out, 0
     for start in range(0, elems, BLOCK):
         n = min(BLOCK, elems - start)
-        fill(base, start, n, reference)
+        start_bits = array(fill(base, start, n, reference), unsigned, n)
         bits = array(trained + start * z.itemsize, unsigned, n)
-        seen = _distances(bits, reference, n, z)
+        seen = _distances(bits, start_bits, n, z)
         at += _pack_block(z, seen, second, third, counts, at)
         if start // BLOCK % CHUNK_BLOCKS == CHUNK_BLOCKS - 1 or start + n == elems:
             sizes[chunk] = at - chunk_start
@@ -460,9 +518,18 @@ def _block_bytes(header, bits):
 
 @loop
 def _get_bit_string(address, count, width, values):
+    """values[:count] from a bit string, and up to a word of rubbish behind them."""
     unsigned = values.dtype.type
     mask = np.uint64((np.uint64(1) << np.uint64(width)) - np.uint64(1))
     bit = 0
+    lanes, ones = _lanes_of(values)
+    if HAS_BIT_MOVES and lanes > 1 and lanes * width <= MAX_LAYER_BITS:
+        target = values.ctypes.data
+        for i in range(0, count, lanes):
+            word = _load64(address + bit // 8) >> np.uint64(bit % 8)
+            _store64(target + i * values.itemsize, _spread_bits(word, ones * mask))
+            bit += lanes * width
+        return
     for i in range(count):
         word = _load64(address + bit // 8)
         values[i] = unsigned((word >> np.uint64(bit % 8)) & mask)
@@ -600,9 +667,9 @@ def unpack_chunks(data, sizes, skip, left, elems, base, out, blocks, fill):
                 return block + 1
             inside = max(skip - first, 0)
             n = min(BLOCK - inside, elems - done)
-            fill(base, done, n, reference)
+            start_bits = array(fill(base, done, n, reference), unsigned, n)
             target = array(out + done * z.itemsize, unsigned, n)
-            _move(z[inside:], reference, n, target)
+            _move(z[inside:], start_bits, n, target)
             done += n
         at += size
         block += 1

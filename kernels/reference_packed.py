@@ -123,6 +123,28 @@ def unpack_block(packed: bytes, dtype: np.dtype) -> tuple[np.ndarray, int]:
     return z.astype(dtype), at
 
 
+def block_bytes(header: bytes, bits: int) -> int:
+    """Size of the block that begins with `header`; 0 for one that no block can have.
+
+    Args:
+        bits: of an element.
+    """
+    if len(header) < HEADER_BYTES:
+        return 0
+    w1, w2, w3, zero = header[:4]
+    n1, n2 = (int(n) for n in np.frombuffer(header, "<u2", 2, 4))
+    if zero or w1 + w2 + w3 > bits or max(w2, w3) > MAX_LAYER_BITS:
+        return 0
+    if not n2 <= n1 <= BLOCK or (n1 == 0) != (w2 == 0) or (n2 == 0) != (w3 == 0):
+        return 0
+    size = HEADER_BYTES + BLOCK // 8 * w1
+    if n1:
+        size += BLOCK // 8 + -(-n1 * w2 // 64) * 8
+    if n2:
+        size += -(-n1 // 64) * 8 + -(-n2 * w3 // 64) * 8
+    return size
+
+
 def widths(z: np.ndarray) -> tuple[int, int, int]:
     """The layers' widths that take the fewest bits, by a search over all that are worth it.
 

@@ -24,7 +24,9 @@ from optimer_engine.types import DType, TensorInfo
 
 DIFFERENCE = "difference"
 """The treatment of `optimer extract`: source - base, the base not added."""
-JOINED = ("task_arithmetic", DIFFERENCE)
+UNPACK = "unpack"
+"""The treatment of `optimer unpack`: every tensor is copied from what decodes it."""
+JOINED = ("task_arithmetic", DIFFERENCE, UNPACK)
 """Treatments that the fused linear kernel runs over joined tensors."""
 GPU_SOURCES = 64
 """Sources that the GPU's kernels take in one launch."""

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from optimer_engine import packing
 from optimer_engine.checkpoint import Checkpoint
 from optimer_engine.engine import run
 from optimer_engine.errors import CheckpointError
@@ -26,7 +27,7 @@ from optimer_engine.planner import plan, plan_difference
 from optimer_engine.plans import Plan, available_cores
 from optimer_engine.recipe import Recipe, decode
 from optimer_engine.report import Report
-from optimer_engine.runs import Run
+from optimer_engine.runs import UNPACK, Run
 from optimer_engine.sink import Sink
 
 SAMPLED_SHARE = 20
@@ -40,7 +41,7 @@ def verify_output(
     full: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, object]:
-    """Check a folder that `merge` or `extract` wrote: every byte against its hash.
+    """Check what `merge`, `extract`, `pack` or `unpack` wrote: every byte against its hash.
 
     Args:
         sampled: also compute some tiles of every file again from the sources, and compare.
@@ -78,19 +79,29 @@ def verify_output(
     recomputed = 0
     if (full or sampled) and report.recipe:  # a converted pickle has none, and is not read again
         with Checkpoint.open(out) as published:
-            made = _plan_again(report, out, published.metadata)
-            comparison = _Compare(published, 1 if full else SAMPLED_SHARE)
-            try:
-                run(made, comparison, callbacks=callbacks)
-            finally:
-                made.close()
-        recomputed = comparison.bytes
+            share = 1 if full else SAMPLED_SHARE
+            recomputed = _recompute(published, report, share, callbacks)
     return {
         "files": len(report.files),
         "bytes": total,
         "recomputed": recomputed,
         "sha256": {name: digest.hexdigest() for name, digest in sha256.items()},
     }
+
+
+def _recompute(
+    published: Checkpoint, report: Report, share: int, callbacks: Sequence[Callback]
+) -> int:
+    """Bytes that were computed again and are equal; a packed vector is packed whole."""
+    if report.operation.startswith("pack "):
+        return packing.compare(published, report, callbacks=callbacks) or 0
+    made = _plan_again(report, published.folder, published.metadata)
+    comparison = _Compare(published, share)
+    try:
+        run(made, comparison, callbacks=callbacks)
+    finally:
+        made.close()
+    return comparison.bytes
 
 
 def _read_report(out: Path) -> Report:
@@ -103,7 +114,7 @@ def _read_report(out: Path) -> Report:
         raise CheckpointError(
             f"no readable report: {error}",
             where=str(path),
-            todo="name a folder that optimer merge or optimer extract wrote",
+            todo="name a folder that optimer merge, extract, pack or unpack wrote",
         ) from error
     return report
 
@@ -119,6 +130,9 @@ def _plan_again(report: Report, out: Path, metadata: Mapping[str, str]) -> Plan:
             dtype=recipe.out_dtype,
             metadata=metadata,
         )
+    if report.operation == UNPACK:
+        recipe = decode(report.recipe, Recipe, str(out / "report.json"))
+        return packing.plan_unpack(recipe.base, recipe.sources[0].model, **report.options)
     return plan(report.recipe, **report.options)
 
 

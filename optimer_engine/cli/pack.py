@@ -27,6 +27,7 @@ from optimer_engine.types import format_bytes
     "--tolerance", type=click.FloatRange(0, 1), help="For lowrank: largest relative error, e.g. .1"
 )
 @click.option("--note", multiple=True, metavar="KEY=TEXT", help="For the header: dataset, tokens.")
+@click.option("--discard", is_flag=True, help="Start afresh; default: continue if interrupted.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one per core.")
 @json_option
 def command(
@@ -37,6 +38,7 @@ def command(
     rank: int | None,
     tolerance: float | None,
     note: tuple[str, ...],
+    discard: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -64,6 +66,7 @@ def command(
         rank=rank,
         tolerance=tolerance,
         metadata=notes,
+        discard=discard,
         threads=threads,
         callbacks=[bar(f"pack {out.name}")],
     )

@@ -252,6 +252,15 @@ def table(report: SearchReport, config: SearchConfig) -> str:
         for held in report.heldout:
             around = "" if held.low is None else f" ({held.low:+.4f} to {held.high:+.4f})"
             lines.append(f"  {held.name}: {held.cost:+.4f}{around}, gap {held.gap:+.4f}")
+    if (last := report.final) is not None:
+        around = "" if last.low is None else f" (95 %: {last.low:+.5f} to {last.high:+.5f})"
+        shown = [f"{n} {last.searched[n]:.4f} to {last.final[n]:.4f}" for n in last.final]
+        lines += [
+            "",
+            f"merged from the final form of {', '.join(last.vectors)}, not from what was searched:"
+            f" cost {last.cost:+.5f}{around}",
+            *(f"  {line}" for line in shown),
+        ]
     if tight:
         lines += ["", f"at the end of its range, so a wider one may be better: {', '.join(tight)}"]
     return "\n".join(

@@ -33,6 +33,8 @@ def command(out: Path, sampled: bool, full: bool, as_json: bool) -> None:
     result: dict[str, Any] = verify_output(out, sampled=sampled, full=full, callbacks=bars)
     lines = [f"{digest}  {name}" for name, digest in sorted(result["sha256"].items())]
     text = f"{out}: {result['files']} files, {format_bytes(result['bytes'])} as published"
-    if full or sampled:
+    if result["recomputed"]:
         text += f"; {format_bytes(result['recomputed'])} computed again and equal"
+    elif full or sampled:
+        text += "; no rule to compute it again to the byte"
     emit(result, "\n".join([text, *lines]), as_json)

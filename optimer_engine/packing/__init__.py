@@ -5,7 +5,7 @@ restores the trained checkpoint from its base and an exact vector. What the mode
 docs/vector-format.md; `vectors` reads them.
 """
 
-from optimer_engine.packing.pipeline import pack
-from optimer_engine.packing.restore import unpack
+from optimer_engine.packing.pipeline import compare, pack
+from optimer_engine.packing.restore import plan_unpack, unpack
 
-__all__ = ["pack", "unpack"]
+__all__ = ["compare", "pack", "plan_unpack", "unpack"]

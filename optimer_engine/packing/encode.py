@@ -13,15 +13,23 @@ import numpy as np
 from optimer_engine import ops
 from optimer_engine.errors import MismatchError, NonFiniteError, quoted
 from optimer_engine.kernels.packed import SCRATCH_BYTES, pack_exact, quantise
-from optimer_engine.kernels.reference_packed import BLOCK, CHUNK, GROUP, HEADER_BYTES
+from optimer_engine.kernels.reference_packed import (
+    BLOCK,
+    CHUNK,
+    CHUNK_BLOCKS,
+    GROUP,
+    HEADER_BYTES,
+    block_bytes,
+)
 from optimer_engine.operands import Operand
-from optimer_engine.packing.store import PartsFile
+from optimer_engine.packing.store import PartsFile, Published
 from optimer_engine.types import DType, TensorInfo
 from optimer_engine.vectors.format import Description, part_name
 from optimer_engine.vectors.reading import codes, group_count
 
 TILE_ELEMS = 8 * CHUNK
 
+File = PartsFile | Published
 Placed = list[tuple[int, np.ndarray]]
 """Bytes and where in the file they go."""
 
@@ -88,10 +96,12 @@ class Encoder:
         pair: what is stored. `tiles`: (start, stop) of the pieces it is encoded in.
         description: its line in the file's metadata; None if it needs none.
         unit: the sizes of its parts are multiples of so many bytes.
+        stores: whether a tile has bytes.
     """
 
     description: Description | None = None
     unit = 8
+    stores = False
 
     def __init__(self, pair: Pair) -> None:
         self.pair, self.tiles = pair, tiles_of(pair.elems)
@@ -100,11 +110,15 @@ class Encoder:
         """The bytes of a tile, by part; they may lie in `hands`."""
         return []
 
-    def place(self, file: PartsFile, start: int, pieces: list[np.ndarray]) -> Placed:
+    def place(self, file: File, start: int, pieces: list[np.ndarray]) -> Placed:
         """Decide where they go; called tile after tile, in order."""
         return []
 
-    def finish(self, file: PartsFile) -> Placed:
+    def kept(self, file: File, start: int, stop: int) -> bool:
+        """Place a tile that an earlier run left in the file, in its turn; False if it did not."""
+        return False
+
+    def finish(self, file: File) -> Placed:
         """What is stored once all tensors of the file are placed."""
         return []
 
@@ -117,6 +131,8 @@ def tiles_of(elems: int) -> list[tuple[int, int]]:
 
 class Exact(Encoder):
     """Distances from the base, see `kernels.reference_packed`."""
+
+    stores = True
 
     def __init__(self, pair: Pair) -> None:
         assert pair.source is not None
@@ -139,22 +155,45 @@ class Exact(Encoder):
         )  # fmt: skip
         return [out[:used], sizes]
 
-    def place(self, file: PartsFile, start: int, pieces: list[np.ndarray]) -> Placed:
+    def place(self, file: File, start: int, pieces: list[np.ndarray]) -> Placed:
         """Behind the chunks before."""
         stream, sizes = pieces
         name = part_name(self.pair.name, "stream")
         self._sizes.append(sizes)
-        return [(file.append(name, stream.size), stream)]
+        return [(file.layout.append(name, stream.size), stream)]
 
-    def finish(self, file: PartsFile) -> Placed:
+    def kept(self, file: File, start: int, stop: int) -> bool:
+        """Its chunks lie where the next ones would; each block says how long it is."""
+        begin, blocks = file.layout.end, -(-(stop - start) // BLOCK)
+        if not file.keeps(begin, begin + blocks * HEADER_BYTES):
+            return False
+        assert self.description is not None
+        itemsize = self.description.dtype.itemsize
+        data = file.read(begin, blocks * (HEADER_BYTES + BLOCK * itemsize))
+        ends = [0]
+        for _ in range(blocks):
+            size = block_bytes(data[ends[-1] :][:HEADER_BYTES], 8 * itemsize)
+            if not size:
+                return False
+            ends.append(ends[-1] + size)
+        if not file.keeps(begin, begin + ends[-1]):
+            return False
+        chunks = [*ends[:-1:CHUNK_BLOCKS], ends[-1]]
+        self._sizes.append(np.diff(chunks))
+        file.layout.append(part_name(self.pair.name, "stream"), ends[-1])
+        return True
+
+    def finish(self, file: File) -> Placed:
         """The index: where each chunk begins, and the end."""
         index = np.concatenate([[0], *self._sizes]).cumsum().astype("<u8")
         name = part_name(self.pair.name, "index")
-        return [(file.add(name, DType.U64, index.shape), index.view(np.uint8))]
+        return [(file.layout.add(name, DType.U64, index.shape), index.view(np.uint8))]
 
 
 class Quantised(Encoder):
     """int8 or int4 with a scale for 64 elements."""
+
+    stores = True
 
     def __init__(self, pair: Pair, bits: int) -> None:
         super().__init__(pair)
@@ -172,23 +211,35 @@ class Quantised(Encoder):
         quantise(self.bits)(delta.ctypes.data, delta.size, q.ctypes.data, scales.ctypes.data)
         return [q, scales]
 
-    def place(self, file: PartsFile, start: int, pieces: list[np.ndarray]) -> Placed:
+    def place(self, file: File, start: int, pieces: list[np.ndarray]) -> Placed:
         """At their place in parts whose sizes are known."""
+        return list(zip(self._offsets(file, start), pieces, strict=True))
+
+    def kept(self, file: File, start: int, stop: int) -> bool:
+        """Both pieces are where they belong."""
+        groups = group_count(stop - start)
+        q, scales = self._offsets(file, start)
+        return file.keeps(q, q + groups * GROUP * self.bits // 8) and file.keeps(
+            scales, scales + 2 * groups
+        )
+
+    def _offsets(self, file: File, start: int) -> tuple[int, int]:
         groups = group_count(self.pair.elems)
         group_bytes = GROUP * self.bits // 8
         if not self._starts:
             name = self.pair.name
             self._starts = [
-                file.add(part_name(name, "q"), DType.U8, (groups * group_bytes,)),
-                file.add(part_name(name, "scale"), DType.BF16, (groups,)),
+                file.layout.add(part_name(name, "q"), DType.U8, (groups * group_bytes,)),
+                file.layout.add(part_name(name, "scale"), DType.BF16, (groups,)),
             ]
         first = start // GROUP
-        offsets = (self._starts[0] + first * group_bytes, self._starts[1] + first * 2)
-        return list(zip(offsets, pieces, strict=True))
+        return self._starts[0] + first * group_bytes, self._starts[1] + first * 2
 
 
 class Plain(Encoder):
     """The delta as it is, in fp32 or bf16."""
+
+    stores = True
 
     def __init__(self, pair: Pair, dtype: DType) -> None:
         super().__init__(pair)
@@ -199,11 +250,19 @@ class Plain(Encoder):
         """The values' bytes."""
         return [self.pair.delta(start, stop, hands, self.dtype).view(np.uint8)]
 
-    def place(self, file: PartsFile, start: int, pieces: list[np.ndarray]) -> Placed:
+    def place(self, file: File, start: int, pieces: list[np.ndarray]) -> Placed:
         """At their place."""
+        return [(self._offset(file, start), pieces[0])]
+
+    def kept(self, file: File, start: int, stop: int) -> bool:
+        """It is where it belongs."""
+        begin = self._offset(file, start)
+        return file.keeps(begin, begin + (stop - start) * self.dtype.itemsize)
+
+    def _offset(self, file: File, start: int) -> int:
         if self._begin is None:
-            self._begin = file.add(self.pair.name, self.dtype, self.pair.shape)
-        return [(self._begin + start * self.dtype.itemsize, pieces[0])]
+            self._begin = file.layout.add(self.pair.name, self.dtype, self.pair.shape)
+        return self._begin + start * self.dtype.itemsize
 
 
 class Zero(Encoder):

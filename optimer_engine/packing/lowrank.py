@@ -21,8 +21,15 @@ import numpy as np
 
 from optimer_engine.adapter import LowRank, Matrix
 from optimer_engine.kernels.reference import round_to
-from optimer_engine.packing.encode import TILE_ELEMS, Encoder, Hands, Pair, Placed, Zero
-from optimer_engine.packing.store import PartsFile
+from optimer_engine.packing.encode import (
+    TILE_ELEMS,
+    Encoder,
+    File,
+    Hands,
+    Pair,
+    Placed,
+    Zero,
+)
 from optimer_engine.types import DType
 from optimer_engine.vectors.format import CODES, Description, part_name
 
@@ -39,9 +46,13 @@ FINE_TOLERANCE = 0.02
 
 
 class Spill:
-    """Factors that wait on disk for their turn, in a file without a name."""
+    """Factors that wait on disk for their turn, in a file without a name; a context manager.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: on whose disk; None for the system's temporary one.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._end, self._lock = 0, threading.Lock()
 
@@ -63,8 +74,10 @@ class Spill:
             left = left[os.preadv(self._file.fileno(), [left], begin + size - len(left)) :]
         return np.frombuffer(data, np.uint8)
 
-    def close(self) -> None:
-        """Drop everything."""
+    def __enter__(self) -> Spill:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -74,6 +87,8 @@ class Factors(Encoder):
     Args:
         a, b: what gives their bytes, with dtype and shape.
     """
+
+    stores = True
 
     def __init__(self, pair: Pair, scale: float, a: _Factor, b: _Factor) -> None:
         super().__init__(pair)
@@ -87,11 +102,11 @@ class Factors(Encoder):
         """Both factors' bytes."""
         return [part.bytes() for part in self._parts]
 
-    def place(self, file: PartsFile, start: int, pieces: list[np.ndarray]) -> Placed:
+    def place(self, file: File, start: int, pieces: list[np.ndarray]) -> Placed:
         """One behind the other."""
         names = [part_name(self.pair.name, part) for part in "ab"]
         return [
-            (file.add(name, part.dtype, part.shape), piece)
+            (file.layout.add(name, part.dtype, part.shape), piece)
             for name, part, piece in zip(names, self._parts, pieces, strict=True)
         ]
 

@@ -23,7 +23,7 @@ from optimer_engine.operands import Operand, Stored
 from optimer_engine.plans import TILE_BYTES, Plan, available_cores
 from optimer_engine.recipe import Recipe, Source
 from optimer_engine.report import Report
-from optimer_engine.runs import Row, Treatment
+from optimer_engine.runs import UNPACK, Row, Treatment
 from optimer_engine.tensor_recipe import Settings
 from optimer_engine.types import TensorInfo, parse_bytes
 from optimer_engine.vectors import ExactTensor
@@ -77,20 +77,40 @@ def unpack(
         RecipeError: for a vector that does not keep every bit.
         CheckpointError, OutputError: as `merge` raises them.
     """
-    opened = [Checkpoint.open(locate(str(name))) for name in (base, vector)]
+    made = plan_unpack(base, vector, max_shard_size=max_shard_size, threads=threads)
     try:
-        made = _plan(str(base), str(vector), opened, max_shard_size, threads)
         return engine.run(made, FolderSink(out, discard=discard), callbacks=callbacks)
     finally:
+        made.close()
+
+
+def plan_unpack(
+    base: str | Path,
+    vector: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    threads: int | None = None,
+) -> Plan:
+    """What `unpack` runs.
+
+    Raises:
+        MismatchError, RecipeError, CheckpointError: as `unpack`.
+    """
+    opened: list[Checkpoint] = []
+    try:
+        opened += (Checkpoint.open(locate(str(name))) for name in (base, vector))
+        return _plan(str(base), str(vector), opened, parse_bytes(max_shard_size), threads)
+    except BaseException:
         for checkpoint in opened:
             checkpoint.close()
+        raise
 
 
 def _plan(
     base_name: str,
     vector_name: str,
     opened: list[Checkpoint],
-    max_shard_size: int | str,
+    max_shard_size: int,
     threads: int | None,
 ) -> Plan:
     base, vector = opened
@@ -119,7 +139,7 @@ def _plan(
         inputs[info.name] = Restored(Stored(base, info, False), exact)
         nbytes = info.elems * exact.dtype.itemsize
         outs.append(TensorInfo(info.name, exact.dtype, info.shape, 0, 0, nbytes))
-    shards = lay_out(outs, parse_bytes(max_shard_size), MODEL, {"format": "pt"})
+    shards = lay_out(outs, max_shard_size, MODEL, {"format": "pt"})
     rows = tuple(
         Row(info, (inputs[info.name], None), 0) for shard in shards for info in shard.tensors
     )
@@ -138,10 +158,11 @@ def _plan(
         recipe,
         (base, vector),
         ("base", "vector"),
-        (Treatment("task_arithmetic", settings, (0, 1)),),
+        (Treatment(UNPACK, settings, (0, 1)),),
         rows,
         shards,
         threads or available_cores(),
         TILE_BYTES,
         files=files,
+        options={"max_shard_size": max_shard_size},
     )

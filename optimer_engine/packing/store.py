@@ -2,37 +2,42 @@
 
 The header stands at the front of a safetensors file and says where everything lies. Room for the
 longest header that can come out is left free, parts are appended behind it, and the header is
-written last, filled up with spaces. As with every output, the folder appears when it is complete.
+written last, filled up with spaces.
+
+An interrupted run is continued. Stretches of what is written are *settled*, as a merge's are:
+synced, hashed and entered into the journal. What is packed depends on base, source and settings
+alone, so the next run cuts the same tiles, finds those that the journal vouches for where it would
+have put them, and packs the others.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import itertools
-import json
 import os
-import shutil
 import struct
+import threading
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from optimer_engine.durable import sync
-from optimer_engine.errors import OutputError, RecipeError
-from optimer_engine.journal import hash_range
-from optimer_engine.report import Digest, Report
+from optimer_engine import durable
+from optimer_engine.checkpoint import Checkpoint
+from optimer_engine.errors import CheckpointError
+from optimer_engine.journal import Claim, Journal, hash_range
+from optimer_engine.report import Digest
 from optimer_engine.types import DType
 
-SYNC_BYTES = 64 << 20
-"""Written data goes to the disk in pieces of this size, so that dirty pages do not pile up."""
+SETTLE_BYTES = 64 << 20
+MAX_UNSETTLED_BYTES = 512 << 20
+
+Interval = tuple[int, int]
 
 
-class PartsFile:
-    """One safetensors file, parts in the order in which they are first named.
+class Layout:
+    """Where the parts of one safetensors file lie, in the order in which they are first named.
 
     Args:
+        name: of the file.
         metadata: as long as the header's will be, or longer.
         longest: (name, dimensions) of every part that may come, to leave room for.
         most_bytes: more data than will come.
@@ -40,21 +45,19 @@ class PartsFile:
 
     def __init__(
         self,
-        path: Path,
+        name: str,
         metadata: dict[str, str],
         longest: list[tuple[str, int]],
         most_bytes: int,
     ) -> None:
-        self.path = path
+        self.name = name
         self._parts: dict[str, tuple[DType, tuple[int, ...] | None, int, int]] = {}
         number = max(most_bytes, 10**9)
         worst = {
             name: _entry(DType.BF16, [number] * rank, number, number) for name, rank in longest
         }
         self._start = 8 + -(-len(msgspec.json.encode({"__metadata__": metadata, **worst})) // 8) * 8
-        self._end, self._unsynced = self._start, 0
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        self.fd = os.open(path, flags, 0o666)
+        self._end = self._start
 
     def add(self, name: str, dtype: DType, shape: tuple[int, ...]) -> int:
         """A part of known shape behind all others; returns its offset in the file."""
@@ -71,23 +74,23 @@ class PartsFile:
         self._parts[name] = (DType.U8, None, first, self._end)
         return begin
 
-    def write(self, offset: int, data: np.ndarray) -> None:
-        """Bytes at their place; called by many threads."""
-        left, at = memoryview(data.view(np.uint8)), offset  # type: ignore[arg-type]
-        while left:
-            done = os.pwrite(self.fd, left, at)
-            left, at = left[done:], at + done
-        self._unsynced += data.nbytes
-        if self._unsynced >= SYNC_BYTES:
-            self._unsynced = 0
-            os.fdatasync(self.fd)
+    @property
+    def end(self) -> int:
+        """Where the next part will begin."""
+        return self._end
 
-    def finish(self, metadata: dict[str, str]) -> list[Digest]:
-        """Write the header, sync, and hash the file.
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Part to file name, for the index of several files."""
+        return dict.fromkeys(self._parts, self.name)
 
-        Returns:
-            Digests that cover it.
-        """
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of parts so far."""
+        return self._end - self._start
+
+    def header(self, metadata: dict[str, str]) -> bytes:
+        """The bytes before the parts, once all of them are placed."""
         entries = {
             name: _entry(
                 dtype,
@@ -100,105 +103,153 @@ class PartsFile:
         text = msgspec.json.encode({"__metadata__": metadata, **entries})
         room = self._start - 8
         assert len(text) <= room, "a part was named that no room was left for"
-        header = struct.pack("<Q", room) + text + b" " * (room - len(text))
-        self.write(0, np.frombuffer(header, np.uint8))
-        os.fsync(self.fd)
-        cuts = [*range(0, self._end, SYNC_BYTES), self._end]
-        return [
-            (begin, end, hash_range(self.fd, begin, end)) for begin, end in itertools.pairwise(cuts)
-        ]
-
-    @property
-    def weight_map(self) -> dict[str, str]:
-        """Part to file name, for the index of several files."""
-        return dict.fromkeys(self._parts, self.path.name)
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of parts so far."""
-        return self._end - self._start
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self.fd)
+        return struct.pack("<Q", room) + text + b" " * (room - len(text))
 
 
 def _entry(dtype: DType, shape: list[int], begin: int, end: int) -> dict[str, object]:
     return {"dtype": dtype.code, "shape": shape, "data_offsets": [begin, end]}
 
 
-class OutFolder:
-    """OUT.partial beside OUT, renamed when complete and removed on any error.
+class PartsFile:
+    """A file that grows.
 
-    Raises:
-        RecipeError: `out` is there already, or in or around an input, or being written.
-        OutputError: the disk refuses.
+    Args:
+        folder: of the file; created there, or continued.
+        number: of the file among the vector's.
+        layout: of its parts.
+        journal: of claims by an earlier run, and for new ones.
     """
 
-    def __init__(self, out: Path, inputs: list[Path]) -> None:
-        self.out, self.partial = out, out.parent / f"{out.name}.partial"
-        resolved = out.resolve()
-        for folder in (path.resolve() for path in inputs):
-            if resolved == folder or resolved in folder.parents or folder in resolved.parents:
-                raise RecipeError(
-                    f"lies in or around the input {folder}",
-                    where=str(out),
-                    todo="write the output somewhere else",
-                )
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RecipeError(
-                "exists and is not an empty folder",
-                where=str(out),
-                todo="choose another output or remove it first",
-            )
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise RecipeError(
-                "another run is writing it now", where=str(out), todo="wait for it"
-            ) from None
-        except OSError as error:
-            raise self.failed(error) from error
-        for leftover in self.partial.iterdir():
-            leftover.unlink()
+    def __init__(self, folder: Path, number: int, layout: Layout, journal: Journal) -> None:
+        self.layout, self._number, self._journal = layout, number, journal
+        self._fd = durable.create(folder / layout.name)
+        self._fresh: list[Interval] = []
+        self._unsettled = 0
+        self._adding, self._settling = threading.Lock(), threading.Lock()
+        self._broken: OSError | None = None
+        claims = [c for c in journal.claims if c.file == number and c.begin < c.end]
+        self.digests: list[Digest] = []
+        for claim in sorted(claims, key=lambda claim: claim.begin):
+            # A claim that damage made void may have been made again.
+            new = not self.digests or self.digests[-1][1] <= claim.begin
+            if new and hash_range(self._fd, claim.begin, claim.end) == claim.xxh3_128:
+                self.digests.append((claim.begin, claim.end, claim.xxh3_128))
+        self._kept = _joined([(begin, end) for begin, end, _ in self.digests])
 
-    def publish(self, report: Report, weight_map: dict[str, str]) -> None:
-        """Add the index, if there are several files, and report.json; rename into place."""
-        report.out = str(self.out)
-        if len(set(weight_map.values())) > 1:
-            index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
-            name = "vector.safetensors.index.json"
-            size = self._write(name, json.dumps(index, indent=2, ensure_ascii=False))
-            path = self.partial / name
-            with path.open("rb") as file:
-                report.files[name] = [(0, size, hash_range(file.fileno(), 0, size))]
-        self._write("report.json", json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
-        os.fsync(self._lock)
-        self.partial.rename(self.out)
-        sync(self.out.parent)
-        os.close(self._lock)
+    def keeps(self, begin: int, end: int) -> bool:
+        """Whether an earlier run left these bytes whole."""
+        return begin == end or any(low <= begin and end <= high for low, high in self._kept)
 
-    def abandon(self) -> None:
-        """Remove what was written."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
+    def read(self, begin: int, size: int) -> bytes:
+        """Bytes that an earlier run left; fewer at the file's end."""
+        return os.pread(self._fd, size, begin)
 
-    def failed(self, error: OSError) -> OutputError:
-        """What the disk said, as an error of ours."""
-        todo = "free some space" if error.errno == errno.ENOSPC else "check the disk and the folder"
-        return OutputError(
-            f"cannot be written: {error.strerror}",
-            where=str(self.out),
-            todo=f"{todo}, then run the same command again",
+    def write(self, begin: int, data: np.ndarray) -> None:
+        """Bytes at their place, unless they are kept; called by many threads."""
+        if self.keeps(begin, begin + data.nbytes):
+            return
+        durable.write_at(self._fd, data.view(np.uint8).data, begin)
+        with self._adding:
+            self._fresh.append((begin, begin + data.nbytes))
+            self._unsettled += data.nbytes
+
+    def settle(self, at_least: int) -> None:
+        """Sync, hash and journal what is written, if it is that much."""
+        if self._unsettled < at_least:
+            return
+        with self._settling:
+            with self._adding:
+                fresh, self._fresh, self._unsettled = self._fresh, [], 0
+            if self._broken is not None:  # the next sync would succeed, and the bytes be lost
+                raise self._broken
+            if not fresh:
+                return
+            try:
+                durable.sync_data(self._fd)
+                for begin, end in _joined(fresh):
+                    self._claim(begin, end)
+            except OSError as error:
+                self._broken = error
+                raise
+
+    def _claim(self, begin: int, end: int) -> None:
+        digest = hash_range(self._fd, begin, end)
+        self._journal.append(Claim(self._number, begin, end, digest))
+        self.digests.append((begin, end, digest))
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+    def finish(self, metadata: dict[str, str]) -> list[Digest]:
+        """Settle the rest, write the header and sync; digests that cover the file."""
+        self.settle(1)
+        header = self.layout.header(metadata)
+        durable.write_at(self._fd, header, 0)
+        durable.resize(self._fd, self.layout.end)
+        durable.sync(self._fd)
+        return [(0, len(header), hash_range(self._fd, 0, len(header))), *sorted(self.digests)]
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+class Published:
+    """Stands in for a PartsFile: a file that should hold already what would be written.
+
+    Args:
+        checkpoint: the opened vector; `number`, of its file.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, number: int, layout: Layout) -> None:
+        self.layout, self._checkpoint, self._number = layout, checkpoint, number
+
+    def keeps(self, begin: int, end: int) -> bool:
+        """Nothing: all is compared."""
+        return False
+
+    def read(self, begin: int, size: int) -> bytes:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def write(self, begin: int, data: np.ndarray) -> None:
+        """Compare.
+
+        Raises:
+            CheckpointError: the file differs.
+        """
+        found = np.empty(data.nbytes, np.uint8)
+        if data.nbytes:
+            self._checkpoint.read_into(self._number, begin, found.data)
+        if not np.array_equal(found, data.view(np.uint8)):
+            self._differs(f"bytes {begin} to {begin + data.nbytes} differ")
+
+    def settle(self, at_least: int) -> None:
+        """Nothing is written."""
+
+    def finish(self, metadata: dict[str, str]) -> list[Digest]:
+        """Compare the header and the size."""
+        self.write(0, np.frombuffer(self.layout.header(metadata), np.uint8))
+        if self._checkpoint.files[self._number].path.stat().st_size != self.layout.end:
+            self._differs("the size differs")
+        return []
+
+    def close(self) -> None:
+        """It is the checkpoint's."""
+
+    def _differs(self, what: str) -> None:
+        raise CheckpointError(
+            f"{what} from what base and source give now",
+            where=str(self._checkpoint.files[self._number].path),
+            todo="the inputs or the vector changed since; pack again",
         )
 
-    def _write(self, name: str, text: str) -> int:
-        content = (text + "\n").encode()
-        with (self.partial / name).open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return len(content)
+
+def _joined(intervals: list[Interval]) -> list[Interval]:
+    """The same bytes in as few intervals as can be, in order."""
+    found: list[Interval] = []
+    for begin, end in sorted(intervals):
+        if found and found[-1][1] == begin:
+            found[-1] = found[-1][0], end
+        else:
+            found.append((begin, end))
+    return found

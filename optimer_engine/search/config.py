@@ -34,6 +34,8 @@ class Vector(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     ``range`` is [low, high]; weights below 0 subtract the vector. ``parameters`` are the merge
     method's, for this vector alone; see `SearchConfig`.
+    ``range`` is [low, high]; weights below 0 subtract the vector. ``final`` takes the place of
+    ``model`` in the winner on disk: the exact vector, where a packed one is searched.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Vector(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     range: tuple[float, float] = (0.0, 1.0)
     revision: str | None = None
     parameters: dict[str, Any] = {}
+    final: str | None = None
 
     def __post_init__(self) -> None:
         low, high = self.range
@@ -280,7 +283,12 @@ def with_absolute_paths(config: SearchConfig) -> SearchConfig:
     return msgspec.structs.replace(
         config,
         base=absolute(config.base),
-        vectors=[msgspec.structs.replace(v, model=absolute(v.model)) for v in config.vectors],
+        vectors=[
+            msgspec.structs.replace(
+                v, model=absolute(v.model), final=None if v.final is None else absolute(v.final)
+            )
+            for v in config.vectors
+        ],
         objective=[moved(t) for t in config.objective],
         heldout=[moved(t) for t in config.heldout],
     )

@@ -103,16 +103,16 @@ def heldout_rows(
     base = found["base"]
     rows = []
     for name, (_, searched) in chosen.items():
-        cost, low, high = _difference(found[name], base, weights)
+        cost, low, high = difference(found[name], base, weights)
         values = {term: s.value for term, s in found[name].items()}
         rows.append(HeldoutRow(name, values, cost, low, high, cost - searched))
     return rows
 
 
-def _difference(
+def difference(
     scores: Scores, base: Scores, weights: Mapping[str, float]
 ) -> tuple[float, float | None, float | None]:
-    """Cost, and its bootstrap interval."""
+    """How much worse than ``base``: the cost, and the ends of its bootstrap interval."""
     rng = np.random.default_rng(0)
     total = sum(weights.values())
     cost, known = 0.0, True

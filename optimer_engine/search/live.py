@@ -55,6 +55,13 @@ class LivePool:
             resident_mem=config.resident_mem or 0,
         )
         base = str(self._plan.base.folder)
+        self._final = None
+        if any(v.final for v in config.vectors):
+            self._final = plan(
+                self.recipe(
+                    self._space.to_weights(np.full(len(self._space.names), 0.5)), final=True
+                )
+            )
         own = None if objective is None else Measures([objective])
         self._objective = own or make_objective(config, config.objective, base)
         self._heldout = make_objective(config, config.heldout, base) if config.heldout else None
@@ -81,6 +88,14 @@ class LivePool:
         }
 
     @property
+    def final(self) -> dict[str, str]:
+        """Fingerprints of what the winner is merged from instead of the searched vectors."""
+        if self._final is None:
+            return {}
+        vectors = zip(self._config.vectors, self._final.sources, strict=True)
+        return {v.name: c.fingerprint for v, c in vectors if v.final and c is not None}
+
+    @property
     def heldout_identity(self) -> dict[str, Any]:
         """What each held-out term measures."""
         return self._heldout.identity if self._heldout else {}
@@ -101,17 +116,20 @@ class LivePool:
             self._scratch = tempfile.TemporaryDirectory(prefix="optimer-trial-")
             self._given["folder"] = Path(self._scratch.name) / "model"
 
-    def apply(self, weights: dict[str, float]) -> None:
+    def apply(self, weights: dict[str, float], *, final: bool = False) -> None:
         """Make the live model the merge with ``weights``, and the trial's folder."""
         from optimer_engine.engine import merge
         from optimer_engine.sink import LiveModelSink
 
         if "model" in self._given:
-            self._plan.with_settings(self.recipe(weights)).run(LiveModelSink(self._given["model"]))
-        self._given["recipe"] = self.recipe(weights).to_dict()
+            made = self._final if final and self._final is not None else self._plan
+            made.with_settings(self.recipe(weights, final=final)).run(
+                LiveModelSink(self._given["model"])
+            )
+        self._given["recipe"] = self.recipe(weights, final=final).to_dict()
         if "folder" in self._given:
             shutil.rmtree(self._given["folder"], ignore_errors=True)
-            merge(self.recipe(weights), self._given["folder"], discard=True)
+            merge(self.recipe(weights, final=final), self._given["folder"], discard=True)
 
     def score(self, weights: dict[str, float], examples: Examples | None) -> Scored:
         """What the objective says of the merge."""
@@ -152,7 +170,7 @@ class LivePool:
         """Merge ``weights`` to ``out/best`` and its recipe to ``out/best.yaml``, once."""
         from optimer_engine.engine import merge
 
-        recipe, folder, text = self.recipe(weights), out / "best", out / "best.yaml"
+        recipe, folder, text = self.recipe(weights, final=True), out / "best", out / "best.yaml"
         written = type(recipe).load(redacted_data(recipe.to_dict())).to_yaml().encode()
         if folder.exists() and text.exists() and text.read_bytes() == written:
             return
@@ -167,7 +185,7 @@ class LivePool:
         if self._scratch is not None:
             self._scratch.cleanup()
 
-    def recipe(self, weights: dict[str, float]) -> Any:
+    def recipe(self, weights: dict[str, float], *, final: bool = False) -> Any:
         """The recipe that merges the pool with ``weights``."""
         from optimer_engine.recipe import Recipe, Source
 
@@ -177,7 +195,12 @@ class LivePool:
             for given in (config.parameters, *(v.parameters for v in config.vectors))
         ]
         sources = [
-            Source(name=v.name, model=v.model, revision=v.revision, parameters=given)
+            Source(
+                name=v.name,
+                model=(v.final if final else None) or v.model,
+                revision=None if final and v.final else v.revision,
+                parameters=given,
+            )
             for v, given in zip(config.vectors, fixed[1:], strict=True)
         ]
         plain = Recipe(

@@ -12,6 +12,7 @@ from optimer_engine.report import versions
 from optimer_engine.search import paper
 from optimer_engine.search.config import SearchConfig
 from optimer_engine.search.cost import Goal, estimated, front, reference_of
+from optimer_engine.search.final import FinalDifference
 from optimer_engine.search.heldout import HeldoutRow
 from optimer_engine.search.landscape import Landscape
 from optimer_engine.search.proposals import without_confirmations
@@ -55,6 +56,8 @@ class SearchReport(msgspec.Struct, kw_only=True):
         table: base, uniform average, single vectors and the best.
         front: of a ``pareto`` search, the points that no other one beats in every term.
         heldout: base, uniform average, best single vector and the best, on held-out data.
+        final: the best from the vectors searched and from their ``final`` forms, where some have
+            one.
         sensitivity: by vector, how much the surrogate's cost rises when the best weight is moved
             by 0.1, to the worse side.
         higher_is_better: by term.
@@ -80,6 +83,7 @@ class SearchReport(msgspec.Struct, kw_only=True):
     table: list[Row]
     front: list[Row]
     heldout: list[HeldoutRow] = []
+    final: FinalDifference | None = None
     sensitivity: dict[str, float]
     higher_is_better: dict[str, bool]
     trials: int

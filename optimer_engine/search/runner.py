@@ -15,6 +15,7 @@ from optimer_engine.errors import MismatchError, MissingExtraError, RecipeError
 from optimer_engine.redaction import redacted_data
 from optimer_engine.search.config import SearchConfig, with_absolute_paths
 from optimer_engine.search.crew import Alone, Crew
+from optimer_engine.search.final import final_difference
 from optimer_engine.search.heldout import (
     HeldoutRow,
     heldout_rows,
@@ -108,6 +109,9 @@ def run_search(
             report = make_report(config, this, journal.told, ended)
             if config.heldout or config.heldout_share:
                 report.heldout = _heldout(config, crew, report, out)
+            if subject.final:
+                goal = {t.name: t.weight for t in config.objective}
+                report.final = final_difference(subject, goal, report.best_weights, out)
         subject.write(report.best_weights, out)
         clean = redacted_data(msgspec.to_builtins(report))
         _write(out / REPORT, msgspec.json.format(msgspec.json.encode(clean), indent=2))

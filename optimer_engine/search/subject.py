@@ -26,8 +26,13 @@ class Subject(Protocol):
     def prepare(self) -> None:
         """Load what trials need; called once, before the first of them."""
 
-    def apply(self, weights: dict[str, float]) -> None:
-        """Become the merge with ``weights``."""
+    @property
+    def final(self) -> dict[str, str]:
+        """Fingerprints of the vectors that take the place of searched ones in the winner."""
+        ...
+
+    def apply(self, weights: dict[str, float], *, final: bool = False) -> None:
+        """Become the merge with ``weights``, of the searched vectors or of the final ones."""
 
     def score(self, weights: dict[str, float], examples: Examples | None) -> Scored:
         """Scores of what `apply` made: of all terms, or of these examples of these terms."""
@@ -60,12 +65,14 @@ class FunctionSubject:
     """
 
     def __init__(self, config: SearchConfig, evaluate: Evaluate) -> None:
-        if config.heldout or config.heldout_share or config.gradient_steps:
+        needs_model = config.heldout or config.heldout_share or config.gradient_steps
+        if needs_model or any(vector.final for vector in config.vectors):
             raise RecipeError(
                 "need a model, and a function of the weights has none",
-                where="heldout and gradient_steps",
+                where="heldout, gradient_steps and final",
                 todo="leave them out",
             )
+        self.final: dict[str, str] = {}
         self._evaluate = evaluate
         self.heldout_identity: dict[str, Any] = {}
         self.counts: dict[str, int] = dict(getattr(evaluate, "counts", {}))
@@ -79,7 +86,7 @@ class FunctionSubject:
     def prepare(self) -> None:
         """Nothing to load."""
 
-    def apply(self, weights: dict[str, float]) -> None:
+    def apply(self, weights: dict[str, float], *, final: bool = False) -> None:
         """Nothing to merge."""
 
     def score(self, weights: dict[str, float], examples: Examples | None) -> Scored:

@@ -183,7 +183,10 @@ def save(
     if weights is None:
         model.to(to).save_pretrained(partial)
     else:
-        cast = {n: t.to(to) if t.is_floating_point() else t for n, t in weights.items()}
+        # Gathered one by one, tied weights come under both names, each with a copy of its own.
+        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+        own = {n: t for n, t in weights.items() if tied.get(n) not in weights}
+        cast = {n: t.to(to) if t.is_floating_point() else t for n, t in own.items()}
         model.config.dtype = to
         model.save_pretrained(partial, state_dict=cast)
     tokenizer.save_pretrained(partial)

@@ -87,9 +87,6 @@ class Run:
             model = with_adapter(model, config.lora, config.base)
         packed = processes.on_first(lambda: self._pack(tokenizer, steps * self.sequences))
         self._check_vocabulary(packed, rows)
-        if processes.first:
-            text = msgspec.json.format(msgspec.json.encode(self.begun.identity))
-            replace_file(self.out / "run.json", text)
         datasets, log, resumed_from, weights = self._fit(model, tokenizer, packed, callbacks)
         save_dtype = config.save_dtype or (
             "float32" if config.makes_vector or lora else self.base.dtype
@@ -193,6 +190,9 @@ class Run:
             model, tokenizer, arguments, schedule, heldout, bytes_per_token,
             out / "trajectory" if config.keep_checkpoints else None, [*callbacks, *own],
         )  # fmt: skip
+        if self.processes.first:
+            text = msgspec.json.format(msgspec.json.encode(self.begun.identity))
+            replace_file(out / "run.json", text)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # The Trainer turns the cache off and copies the tokenizer's special tokens into both.
         if config.mode != "lora":
@@ -303,5 +303,5 @@ def _write_vector(
 
         pack_vector(
             str(base), out / "model", out / "vector",
-            mode=config.vector_mode, metadata=notes, callbacks=callbacks,
+            mode=config.vector_mode, metadata=notes, discard=True, callbacks=callbacks,
         )  # fmt: skip

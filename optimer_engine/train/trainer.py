@@ -9,6 +9,7 @@ text on standard output (see `callbacks`).
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -59,7 +60,7 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     Raises:
         RecipeError: an unknown argument, one that has a key of its own here, or a refused value.
     """
-    given = config.training_arguments
+    given = copy.deepcopy(config.training_arguments)  # the Trainer fills in its mappings
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in given:
         where = f"training_arguments: {name}"
@@ -175,6 +176,9 @@ def make_trainer(
         heldout: what is evaluated on, by dataset.
         bytes_per_token: see `CptTrainer`.
         trajectory: where the weights of all checkpoints are kept.
+
+    Raises:
+        RecipeError: FSDP was asked for where it has no effect.
     """
     trainer = CptTrainer(
         model=model,
@@ -185,6 +189,12 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=[*callbacks, MarkCheckpoints(trajectory)],
     )
+    if arguments.fsdp and not (trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled):
+        raise RecipeError(
+            "FSDP was asked for and is not in effect: every process would hold the whole model",
+            where="training_arguments: fsdp",
+            todo="Accelerate shards over accelerators only; leave it out on CPUs",
+        )
     trainer.bytes_per_token = bytes_per_token
     trainer.remove_callback(PrinterCallback)  # it prints to standard output
     return trainer

@@ -26,7 +26,7 @@ ORDER = [
     "ops", "gpu_tiles", "device", "cuda", "mergekit",
     "by_token", "alignment", "suspicions", "layout", "lowering", "plans", "planner", "explain",
     "sink", "kept", "shard_file", "work_folder", "folder_sink",
-    "execution", "engine", "iteration", "spread", "verify", "convert", "packing", "inspection",
+    "execution", "engine", "iteration", "spread", "packing", "verify", "convert", "inspection",
     "lock", "pool", "search", "train", "demo", "cli",
 ]  # fmt: skip
 # A plan runs itself, inside two of its methods.

@@ -163,6 +163,26 @@ def test_cases_without_a_gate_measure_whole_processes(tmp_path: Path, name: str)
     assert all((row.most("peak_rss_bytes") or 0) > 5 * MIB for row in ours)
 
 
+def test_case_vectors_checks_what_it_unpacks_and_states_what_entropy_allows(tmp_path: Path) -> None:
+    case = CASES["vectors"].case(tmp_path, 4 * MIB, 2, False, (), "command")
+    record = runner.run(case, rounds=1)
+    check_shape(record)
+    (checked,) = [row for row in record.rows if row.accuracy is not None]
+    assert checked.name == "unpack exact" and checked.accuracy.passes
+    found = record.parameters
+    assert found["merge_int8_reads_bytes"] < found["merge_full_reads_bytes"]
+    for dtype in ("bf16", "fp16", "fp32"):
+        taken, least = found[f"exact_share_{dtype}"], found[f"entropy_share_{dtype}"]
+        assert all(low < share < low + 0.15 for share, low in zip(taken, least, strict=True))
+
+
+def test_case_inspect_measures_the_process_and_reading(tmp_path: Path) -> None:
+    record = runner.run(CASES["inspect"].case(tmp_path, 4 * MIB, 2, False, (), "c"), rounds=1)
+    check_shape(record)
+    assert [row.kind for row in record.rows] == ["ours", "ceiling"]
+    assert 5 * MIB < (record.rows[0].most("peak_rss_bytes") or 0) < 300 * MIB
+
+
 def check_shape(record: Record) -> None:
     assert record.rows and all(len(row.rounds) == 1 for row in record.rows)
     names = [row.name for row in record.rows]

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from optimer_engine.cli.search import command
+from optimer_engine.cli.search import command, table
 from optimer_engine.engine import extract, merge
 from optimer_engine.errors import OptimerError, RecipeError
 from optimer_engine.recipe import Recipe
@@ -704,3 +704,49 @@ def test_merges_that_cannot_be_searched_are_refused(
     with pytest.raises(OptimerError, match=message):
         run_search(searched(pool, **wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_packed_vectors_are_searched_and_exact_ones_merged(pool: Path, tmp_path: Path) -> None:
+    from optimer_engine.packing import pack
+
+    for mode in ("int4", "exact"):
+        for name in TEXTS:
+            pack(pool / "base", pool / f"full-{name}", tmp_path / f"{name}-{mode}", mode=mode)
+    vectors = [
+        Vector(name, str(tmp_path / f"{name}-int4"), final=str(tmp_path / f"{name}-exact"))
+        for name in TEXTS
+    ]
+    config = searched(pool, vectors=vectors)
+    report = run_search(config, tmp_path / "run")
+    found = report.final
+    assert found is not None and found.vectors == sorted(TEXTS)
+
+    weights = report.best_weights
+    scores = {}
+    for form in ("int4", "exact"):
+        sources = [
+            {"name": n, "model": str(tmp_path / f"{n}-{form}"), "weight": weights[n]} for n in TEXTS
+        ]
+        merge({"base": str(pool / "base"), "sources": sources}, tmp_path / form)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / form)
+        files = {name: pool / f"{name}.txt" for name in TEXTS}
+        tokenizer = Fast.from_pretrained(pool / "base")
+        objective = CorpusObjective(files, tokenizer, block_length=16)
+        scores[form] = {name: score.value for name, score in objective(model).items()}
+    assert found.searched == pytest.approx(scores["int4"], rel=1e-6)
+    assert found.final == pytest.approx(scores["exact"], rel=1e-6)
+    assert found.final != found.searched
+    gaps = [found.final[n] - found.searched[n] for n in TEXTS]
+    assert found.cost == pytest.approx(sum(gaps) / 2, abs=1e-9)
+    assert found.low is not None and found.low <= found.cost <= found.high
+    best = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
+    assert best == (tmp_path / "exact" / "model.safetensors").read_bytes()
+
+    before = (tmp_path / "run" / "final.json").stat().st_mtime_ns
+    again = run_search(config, tmp_path / "run")
+    assert again.final == found
+    assert (tmp_path / "run" / "final.json").stat().st_mtime_ns == before
+    assert "merged from the final form of ja, math" in table(again, config)
+    with pytest.raises(OptimerError, match="base"):
+        stranger = [Vector("ja", str(tmp_path / "ja-int4"), final=str(pool / "base"))]
+        run_search(searched(pool, vectors=stranger, base=str(pool / "full-ja")), tmp_path / "no")
