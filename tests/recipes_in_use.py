@@ -2,7 +2,7 @@
 
 `models` writes them: Llamas that Transformers loads, with tokenizers and LoRA adapters. Each recipe
 runs through the program in tests/unit/test_mergekit_in_use.py, and through mergekit's as well in
-tests/slow/test_mergekit_in_use.py.
+tests/slow/test_recipes_in_use.py.
 """
 
 from __future__ import annotations
