@@ -167,7 +167,7 @@ def _proposal(inputs: Inputs, work: Path) -> Cost:
 
     _, told = read(_hundred(inputs, work))
     config = _config(inputs, TRIALS + 1)
-    space, goal = Space.of(config.vectors), Goal.of(config)
+    space, goal = Space.of(config), Goal.of(config)
 
     def ask() -> None:
         proposal(config, space, Landscape(space, told, goal), told)

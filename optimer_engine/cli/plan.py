@@ -72,7 +72,7 @@ def explanation(found: dict[str, Any]) -> str:
 
 
 def _line(title: str, text: str) -> str:
-    return f"{title:>12}{':' if title else ' '} {text}"
+    return f"{title:>13}{':' if title else ' '} {text}"
 
 
 def _group(group: dict[str, Any]) -> list[str]:
@@ -102,6 +102,7 @@ def _shown(key: str, value: Any) -> str:
 _TITLES = {
     "read_bytes": "reads", "write_bytes": "writes", "disk_bytes": "needs disk",
     "download_bytes": "downloads", "least_disk_limit_bytes": "at a time", "memory_bytes": "memory",
-    "seconds": "time", "tile_bytes": "tile",
+    "pinned_memory_bytes": "pinned memory", "gpu_memory_bytes": "gpu memory",
+    "gpu_resident_bytes": "gpu resident", "seconds": "time", "tile_bytes": "tile",
 }  # fmt: skip
 MOST_GROUPS = 40
