@@ -80,7 +80,7 @@ def test_other_dtypes(monkeypatch, write_checkpoint, tmp_path, dtype):
     ("method", "own", "shared"),
     [
         ("ties", {"density": 0.3}, {}),
-        ("dare_linear", {"density": 0.5}, {"seed": 3}),
+        ("dare_linear", {"density": 0.5}, {}),
         ("dare_ties", {"density": 0.5}, {}),
         ("della_linear", {"density": 0.6, "epsilon": 0.2}, {}),
         ("della", {"density": 0.5}, {"rescale": False}),
@@ -90,7 +90,7 @@ def test_other_dtypes(monkeypatch, write_checkpoint, tmp_path, dtype):
     ],
 )
 def test_methods(monkeypatch, write_checkpoint, tmp_path, method, own, shared):
-    recipe = recipe_of(write_checkpoint, 2, method=method, parameters=shared)
+    recipe = recipe_of(write_checkpoint, 2, method=method, parameters=shared, seed=3)
     for source in recipe["sources"]:
         source["parameters"] = own
         if method == "sce":
