@@ -34,6 +34,7 @@ def of_process(program: Sequence[str | Path], log: Path) -> Cost:
     """
     arguments = [sys.executable, "-I", "-S", str(LAUNCHER), str(log), *map(str, program)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once
     done = subprocess.run(arguments, stdout=subprocess.PIPE, check=True, env=environment)
     cost = json.loads(done.stdout)
     if code := cost.pop("exit_code"):

@@ -86,7 +86,7 @@ def _kinship(base: Checkpoint, source: Checkpoint, label: str) -> list[str]:
     if equal:
         same = base.origin == source.origin and base.fingerprint == source.fingerprint
         return [f"{label} equals the base and contributes nothing"] if same else []
-    middle = float(np.median(cosines))
+    middle = sorted(cosines)[len(cosines) // 2]
     if middle >= KIN_COSINE:
         return []
     what = "seems to be of another base" if middle < OTHER_COSINE else "is far from the base"
