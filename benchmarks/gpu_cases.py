@@ -37,7 +37,7 @@ from optimer_engine.kernels.triton_launch import flag_on
 from optimer_engine.kernels.triton_lowrank import Factors, low_rank
 from optimer_engine.kernels.triton_moments import moments
 from optimer_engine.kernels.triton_packed import unpack_exact
-from optimer_engine.kernels.triton_rank import keep_by_rank
+from optimer_engine.kernels.triton_rank import keep_by_rank, row_norms
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 """Numbers of sources; the kernel for one of them serves all down to the next smaller."""
@@ -214,12 +214,7 @@ def _by_rank(dtypes: str, device: str, elems: int) -> Prepared:
 
     def wrong() -> int:
         cpu = _on_cpu(inputs)
-        n = cpu.base.size
-        theta, base = (
-            reference.upcast(operand, code, cpu.dtype)
-            for operand, code in ((cpu.sources[0], cpu.codes[0]), (cpu.base, cpu.base_code))
-        )
-        delta = theta if cpu.is_delta[0] else theta - base
+        n, delta = cpu.base.size, _delta(cpu)
         probability = 0.3 + 0.4 / (ROW - 1) * (np.arange(n) % ROW)
         words = methods.uniform_words(np.array(stream), 0, n)
         want = np.where(words < probability * 2**32, (delta / probability).astype(cpu.dtype), 0)
@@ -227,6 +222,38 @@ def _by_rank(dtypes: str, device: str, elems: int) -> Prepared:
 
     width = 8 if inputs.wide else 4
     return Prepared(launch, moved(elems, *DTYPES[dtypes][:2], BF16, 1) + (2 + width) * elems, wrong)
+
+
+def _delta(cpu: Any) -> np.ndarray:
+    """Of the only source."""
+    theta, base = (
+        reference.upcast(operand, code, cpu.dtype)
+        for operand, code in ((cpu.sources[0], cpu.codes[0]), (cpu.base, cpu.base_code))
+    )
+    return theta if cpu.is_delta[0] else theta - base
+
+
+def _row_norms(dtypes: str, device: str, elems: int) -> Prepared:
+    """What a row had and what its mask left of it; the mask here keeps every other element."""
+    elems = -(-elems // ROW) * ROW
+    inputs, _ = _inputs(dtypes, 1, device, elems)
+    base, source, codes, model = gpu_sparse._bits_of(inputs, 0)
+    real = torch.float64 if inputs.wide else torch.float32
+    masked = (torch.arange(elems, device=device) % 2).to(real)
+    found: list[torch.Tensor] = []
+
+    def launch() -> None:
+        found[:] = [row_norms(base, source, codes, model, inputs.wide, masked, ROW)]
+
+    def wrong() -> int:
+        cpu = _on_cpu(inputs)
+        rows = cpu.base.size // ROW
+        before = np.abs(_delta(cpu)[: rows * ROW]).astype(np.float64).reshape(rows, ROW).sum(1)
+        want = np.stack([before, np.full(rows, ROW / 2), np.full(rows, ROW / 2)], 1)
+        return int(np.count_nonzero(~np.isclose(found[0][:rows].cpu().numpy(), want, rtol=1e-12)))
+
+    read = elems * (ITEM_BYTES[inputs.base_code] + ITEM_BYTES[inputs.codes[0]])
+    return Prepared(launch, read + elems * masked.itemsize, wrong)
 
 
 def _norms(form: str, dtypes: str, count: int, device: str, elems: int) -> Prepared:
@@ -344,6 +371,7 @@ def cases() -> Iterator[Case]:
                 yield Case(form, dtypes, count, own, _tail(dtypes, count, reads))
     for dtypes in ("bf16", "fp32"):
         yield Case("della", dtypes, 1, partial(_by_rank, dtypes))
+        yield Case("row norms", dtypes, 1, partial(_row_norms, dtypes))
         for stage in range(3):
             yield Case(f"count {stage}", dtypes, 1, partial(_count, stage, dtypes))
         yield Case("norms", dtypes, 1, partial(_norms, "dare", dtypes, 1))

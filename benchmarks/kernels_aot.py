@@ -11,7 +11,8 @@ Printed per kernel, dtypes, number of sources and target:
 * registers a thread needs; spills, the instructions that move registers to or from memory;
 * widths in bits of the accesses to tensors. Where the ragged end of a tensor is done one element
   per thread (all merges but low rank), that path's access per operand is left out; `count`,
-  `norms`, `moments` and `della` do it as a masked block, whose narrow accesses are listed. INT4's
+  `norms`, `row norms`, `moments` and `della` do it as a masked block, whose narrow accesses are
+  listed. INT4's
   loads are not seen on NVIDIA, as each byte is wanted by two threads and stays in the cache;
 * instructions of all paths together, and among them the fused multiply-adds, which would break the
   numerics contract, and the divisions, which would be slow. A correctly rounded division is made of

@@ -38,6 +38,7 @@ from .triton_launch import (
     NUM_WARPS,
     OPTIONS,
     bits,
+    fixed_block,
     flag_on,
     form,
     mask_of_models,
@@ -180,7 +181,7 @@ def norms(inputs: Inputs, masks: Masks, block_elems: int, sums: np.ndarray) -> N
             norms_kernel[(programs,)](
                 base, sources, rows, i if shared else 0, thetas, number, inputs.start, elems,
                 partial, CUTS=bool(kind == CUT), CHANCES=bool(kind == CHANCE), SHARED=shared,
-                **constants, **OPTIONS,
+                **constants, **fixed_block(),
             )  # fmt: skip
         totals = partial.reshape(blocks, each, 3).sum(1)
         sums[first_block : first_block + blocks, i] = totals.cpu().numpy()
@@ -316,7 +317,7 @@ def _launch_count(
         count_kernel[(triton.cdiv(elems, constants["BLOCK"]),)](
             *arguments, elems, wanted, bins, equal, keys,
             STAGE=stage, COPIES=COPIES, BINS=(HIGH, LOW, 1, 1)[stage],
-            SHARED=masks.measure == VARIANCE, **constants, **OPTIONS,
+            SHARED=masks.measure == VARIANCE, **constants, **fixed_block(),
         )  # fmt: skip
 
 

@@ -112,6 +112,12 @@ def warp_threads() -> int:
     return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
 
 
+def fixed_block() -> dict[str, Any]:
+    """OPTIONS with as many threads on every GPU, for blocks that are no larger on AMD's: where a
+    thread held less its accesses would be narrower."""
+    return OPTIONS | {"num_warps": NUM_WARPS * 32 // warp_threads()}
+
+
 def resident_programs(tensor: torch.Tensor) -> int:
     """Programs that the tensor's GPU runs at once: 2048 threads on each multiprocessor."""
     if not tensor.is_cuda:

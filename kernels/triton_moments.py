@@ -20,12 +20,12 @@ import triton.language as tl
 
 from .reference_methods import GRANULE
 from .triton_elements import load_where, total_of
-from .triton_launch import NUM_WARPS, OPTIONS, bits, mask_of_models, on_device, with_nulls
+from .triton_launch import NUM_WARPS, bits, fixed_block, mask_of_models, on_device, with_nulls
 
 CHUNK = 8
 """Sources of one launch."""
 
-HELD = 4
+HELD = 8
 """Elements of each operand that a thread holds: as many fp64 values per source."""
 
 
@@ -153,7 +153,8 @@ def _launch(
             moments_kernel[(programs,)](
                 origin, operands, models if from_base else 0, 0 if from_base else deltas, n,
                 first.numel(), products, counts,
-                CODES=(base_code, *padded), HAS_BASE=base is not None, BLOCK=block, **OPTIONS,
+                CODES=(base_code, *padded), HAS_BASE=base is not None, BLOCK=block,
+                **fixed_block(),
             )  # fmt: skip
     upper = products.reshape(blocks, each, places, places).sum(1)[:, :n, :n]
     zeros, nonfinite = counts.sum(0, dtype=torch.int64)[:n].unbind(1)

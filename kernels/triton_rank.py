@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .triton_elements import load_where, raise_where, total_of
-from .triton_launch import NUM_WARPS, OPTIONS, on_device, warp_threads
+from .triton_launch import NUM_WARPS, OPTIONS, fixed_block, on_device, warp_threads
 from .triton_sparse import delta_of, magnitude, philox
 
 _INFINITY = tl.constexpr(0x7F800000)
@@ -23,7 +23,7 @@ HELD = 8
 """Elements of a thread: 128 bits of bf16. More would spill, as probabilities are fp64."""
 
 
-ROW_BLOCK = 4 * NUM_WARPS * 32
+ROW_BLOCK = 8 * NUM_WARPS * 32
 """Elements of a row that are summed at a time, on every GPU: it is a part of the order."""
 
 
@@ -94,7 +94,7 @@ def rank_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["model", "row"])
+@triton.jit(do_not_specialize=["model"])
 def row_norms_kernel(
     base, source, masked, sums, model: tl.int32, row: tl.int64,
     CODES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -162,6 +162,6 @@ def row_norms(
         with on_device(masked):
             row_norms_kernel[(rows,)](
                 base, source, masked, sums, int(model), row, CODES=codes, WIDE=wide,
-                BLOCK=ROW_BLOCK, **OPTIONS,
+                BLOCK=ROW_BLOCK, **fixed_block(),
             )  # fmt: skip
     return sums

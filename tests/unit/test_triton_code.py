@@ -77,7 +77,7 @@ def test_other_merges_keep_them_too(kernel, dtypes, sources):
     assert (code.matrix_instructions > 0) == kernel.startswith("low rank")
 
 
-@pytest.mark.parametrize("kernel", ["count 0", "count 1", "norms", "moments"])
+@pytest.mark.parametrize("kernel", ["count 0", "count 1", "norms", "row norms", "moments"])
 def test_statistics_compile_without_spills(kernel):
     (code,) = measure(case(kernel, "bf16", 1), "sm_90")
     assert_sound(code)
