@@ -3,7 +3,8 @@
 Whole processes, from the start of the interpreter to its end: `optimer merge`, mergekit in its
 default precision and in float32, and two plain torch scripts. The engine alone, in a process that
 is already warm: into a folder, into nothing, and into a folder with the arithmetic left out.
-Ceilings: reading the files, writing the output, streaming memory. Ours and the write ceiling sync
+Ceilings: reading the files, writing the output, streaming memory, and from a cold cache a program
+that reads the same files side by side, writes one, and does no merge. Ours and the ceilings sync
 their output to disk; the rivals leave theirs in the page cache, for which they are not charged.
 """
 
@@ -87,6 +88,8 @@ def case(
         ),
         _memory(sources, threads, moved),
     ]
+    if cold:
+        contestants.append(_disk(inputs, work / "raw", threads, moved))
     return Case(
         name="merge",
         command=command,
@@ -164,6 +167,18 @@ def _engine(inputs: Inputs, out: Path, moved: int) -> list[Contestant]:
             "engine into a folder",
         ),
     ]
+
+
+def _disk(inputs: Inputs, out: Path, threads: int, moved: int) -> Contestant:
+    folders = (inputs.base, *inputs.sources)
+    shards = list(zip(*map(checkpoints.weight_files, folders), strict=True))
+
+    def run() -> None:
+        for files in shards:
+            ceilings.read_and_write(files, out, threads)
+
+    name, ours = "read and write, no merge", "engine into a folder"
+    return Contestant(name, "ceiling", moved, lambda: measure.of_call(run), ours)
 
 
 def _memory(sources: int, threads: int, moved: int) -> Contestant:

@@ -174,7 +174,7 @@ class HubCheckpoint(Checkpoint):
     def fingerprint(self) -> str:
         """As of any checkpoint; what it samples of blanks is read by range requests.
 
-        About eight short requests per large tensor, many at a time. Files that were here once
+        Two short requests per large tensor, many at a time. Files that were here once
         need none: their samples stay in the blanks.
         """
         self._sample()
