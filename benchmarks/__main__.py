@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks --help`."""
+"""Command line of the benchmarks: `python -m benchmarks --help`, or `optimer bench --help`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(
     click.echo(record.to_json())
 
 
-@main.command("gpu-kernels")
+@main.command("kernels")
 @click.option("--kernel", multiple=True, help="Only those whose names begin so, e.g. linear.")
 @click.option("--size-mib", multiple=True, type=int, default=(64, 1024), help="Of the base.")
 @click.option("--repeats", default=20, help="Rounds, after some that warm up.")
@@ -88,7 +88,7 @@ def gpu_kernels(
 
     \b
     Example: everything, and a record to keep
-      python -m benchmarks gpu-kernels --out gpu.json
+      optimer bench kernels --out gpu.json
     """
     import msgspec
     import torch
@@ -128,4 +128,4 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m benchmarks")
+    main()

@@ -1,4 +1,4 @@
-"""Speed of the GPU kernels: `python -m benchmarks gpu-kernels`.
+"""Speed of the GPU kernels: `optimer bench kernels`.
 
 On a GPU: every kernel's output is compared with the specification first, and where one is wrong no
 speed is printed. Then each is timed by the GPU's own clock and set beside what a plain copy within

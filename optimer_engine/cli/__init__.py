@@ -20,6 +20,7 @@ from optimer_engine.errors import OptimerError
 from optimer_engine.redaction import protect_streams
 
 _COMMANDS = {
+    "bench": "Measure merging and the GPU kernels beside rivals (in a clone).",
     "convert": "Write a pickled model (pytorch_model.bin) as safetensors.",
     "demo": "Run the whole loop on real text, on a CPU, in minutes.",
     "extract": "Subtract a base from a trained checkpoint: a distribution vector.",

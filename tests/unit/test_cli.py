@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner
 
 from optimer_engine import __version__
-from optimer_engine.cli import optimer
+from optimer_engine.cli import bench, optimer
+from optimer_engine.errors import MissingExtraError
 from tests.conftest import nearby, random_tensors
 
 
@@ -113,6 +114,15 @@ def test_help_teaches_with_an_example(command):
     assert "Example" in result.output
     assert f"optimer {command}" in result.output
     assert "--json" in result.output
+
+
+def test_the_benchmarks_answer_in_a_clone_and_elsewhere_it_is_said_why_not(tmp_path, monkeypatch):
+    done = program("bench", "run", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Usage: optimer bench run")
+    monkeypatch.setattr(bench, "CLONE", tmp_path)
+    with pytest.raises(MissingExtraError, match="no part of the installed package"):
+        CliRunner().invoke(optimer, ["bench", "run"], catch_exceptions=False)
 
 
 def test_help_lists_every_command_and_version_is_printed():

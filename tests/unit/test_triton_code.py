@@ -130,7 +130,7 @@ def test_the_committed_report_shows_what_is_promised():
 
 def test_without_a_gpu_the_benchmark_prints_the_report(tmp_path):
     out = tmp_path / "gpu.json"
-    done = CliRunner().invoke(main, ["gpu-kernels", "--out", str(out)])
+    done = CliRunner().invoke(main, ["kernels", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert "No GPU here" in done.stdout
     assert "| linear | bf16 | 4 |" in done.stdout
