@@ -7,8 +7,10 @@ mismatches are reported at once, before anything is written.
 from __future__ import annotations
 
 import copy
+import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +51,20 @@ if TYPE_CHECKING:
     from optimer_engine.mergekit import MergekitConfig
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A plan is many small objects without cycles; to count them again and again took a fifth of
+    the time of a large one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collection()
 def plan(
     recipe: Recipe | MergekitConfig | Mapping[str, Any] | str | Path,
     *,

@@ -198,36 +198,44 @@ def _is_unicode(text: str) -> bool:
 
 
 def _entry(name: str, entry: Any, path: Path, file: int, data_start: int) -> TensorInfo:
-    def refuse(what: str) -> NoReturn:
-        _refuse(path, f"{quoted(name)}: {what}")
-
-    if len(name.encode()) > MAX_NAME_BYTES:
-        _refuse(path, f"a tensor name of more than {MAX_NAME_BYTES} bytes")
+    if len(name) > MAX_NAME_BYTES // 4 and len(name.encode()) > MAX_NAME_BYTES:
+        _refuse(path, f"{quoted(name)}: a tensor name of more than {MAX_NAME_BYTES} bytes")
     if isinstance(entry, _Entry):
         code, shape, offsets = entry.dtype, entry.shape, entry.data_offsets
     elif isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}:
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     else:
-        refuse("an entry must have exactly dtype, shape and data_offsets")
+        _refuse(path, f"{quoted(name)}: an entry must have exactly dtype, shape and data_offsets")
     dtype = DTYPE_OF_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        refuse(f"unknown dtype {quoted(code)!r}")
+        _refuse(path, f"{quoted(name)}: unknown dtype {quoted(code)!r}")
     for numbers, label in ((shape, "shape"), (offsets, "data_offsets")):
         if not isinstance(numbers, list):
-            refuse(f"{label} must be a list")
+            _refuse(path, f"{quoted(name)}: {label} must be a list")
         for number in numbers:
             if type(number) is not int or not 0 <= number < 2**63:
-                refuse(f"{label} must be a list of whole numbers from 0 to 2^63 - 1")
+                _refuse(
+                    path,
+                    f"{quoted(name)}: {label} must be a list of whole numbers from 0 to 2^63 - 1",
+                )
     if len(shape) > MAX_RANK or len(offsets) != 2:
-        refuse(f"rank {len(shape)} (at most {MAX_RANK}) with {len(offsets)} offsets (2 expected)")
+        _refuse(
+            path,
+            f"{quoted(name)}: rank {len(shape)} (at most {MAX_RANK}) with {len(offsets)} offsets"
+            " (2 expected)",
+        )
     bits = dtype.bits
     for dim in shape:
         bits *= dim
         if bits >= 2**66:
-            refuse(f"shape {shape[:8]} is larger than any file")
+            _refuse(path, f"{quoted(name)}: shape {shape[:8]} is larger than any file")
     begin, end = offsets
     if bits % 8 or end - begin != bits // 8:
-        refuse(f"{dtype.code} {shape} takes {bits / 8:g} bytes, data_offsets span {end - begin}")
+        _refuse(
+            path,
+            f"{quoted(name)}: {dtype.code} {shape} takes {bits / 8:g} bytes, data_offsets span"
+            f" {end - begin}",
+        )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)
 
 
