@@ -39,7 +39,7 @@ def pack_exact(itemsize: int, base_code: int, code: int):
 
     It returns the bytes written to `out`.
     """
-    from .packed_loops import array, blocks_at, filler, pack_chunks
+    from .exact_loops import array, blocks_at, filler, pack_chunks
 
     unsigned = _UNSIGNED[itemsize]
     fill = filler(base_code, code, unsigned)
@@ -68,7 +68,7 @@ def unpack_exact(itemsize: int, base_code: int, code: int):
     It returns 0, or 1 + the number of the first block that is not as it must be; `out` is undefined
     then.
     """
-    from .packed_loops import array, blocks_at, filler, unpack_chunks
+    from .exact_loops import array, blocks_at, filler, unpack_chunks
 
     unsigned = _UNSIGNED[itemsize]
     fill = filler(base_code, code, unsigned)
@@ -88,7 +88,7 @@ def quantise(bits: int):
     Its arguments, all int64: address of the values, their number, address of GROUP * bits / 8 bytes
     and of one uint16 scale for every group begun.
     """
-    from .packed_loops import quantise_groups
+    from .group_loops import quantise_groups
 
     def pack(values, elems, packed, scales):
         quantise_groups(values, elems, bits, packed, scales)
@@ -104,7 +104,7 @@ def dequantise(bits: int):
     range begins; how many elements of that group to leave out; how many are wanted; address of the
     result.
     """
-    from .packed_loops import dequantise_groups
+    from .group_loops import dequantise_groups
 
     def unpack(packed, scales, skip, elems, out):
         dequantise_groups(packed, scales, bits, skip, elems, out)
