@@ -118,10 +118,16 @@ def readme() -> None:
 
 
 def with_tables(text: str) -> str:
-    """`text` with the lines between `<!-- NAME -->` and `<!-- end -->` made from the results."""
+    """`text` with the lines between `<!-- NAME -->` and `<!-- end -->` made from the results.
+
+    Where there is no result yet, the lines stay as they are.
+    """
 
     def fill(match: re.Match[str]) -> str:
-        record = Record.load(HERE / "results" / f"{match[1]}.json")
+        path = HERE / "results" / f"{match[1]}.json"
+        if not path.exists():
+            return match[0]
+        record = Record.load(path)
         return f"<!-- {match[1]} -->\n{summary(record)}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w[\w.]*) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)

@@ -1,14 +1,15 @@
 """Case `vectors`: packed vectors beside plain copies, and merging them beside full checkpoints.
 
 Packing reads base and trained checkpoint and writes the vector; unpacking reads base and vector and
-writes the checkpoint again. The ceiling of both is a plain copy of the trained checkpoint's files,
-twice: by as many threads as ours, synced to the disk as ours are, and by `cp`, which leaves the
-output in the page cache. GB/s count the checkpoint's bytes for all of these, so that a ratio of 2
-means "half as fast as copying". The rows "into nothing" do all but the writing.
+writes the checkpoint again, of which every bit is compared before anything is timed. The ceiling of
+both is a plain copy of the trained checkpoint's files, twice: by as many threads as ours, synced to
+the disk as ours are, and by `cp`, which leaves the output in the page cache. GB/s count the
+checkpoint's bytes for all of these, so that a ratio of 2 means "half as fast as copying". The row
+"into nothing" does all but the writing.
 
 Then, from a cold page cache, all sources are merged into nothing: full checkpoints, and packed
-vectors of two modes; and the full ones are inspected. The ceiling is reading the files of base and
-full checkpoints. GB/s count the bytes that are read.
+vectors of three modes; and the full ones are inspected. The ceiling is reading the files of base
+and full checkpoints. GB/s count the bytes that are read.
 
 The parameters of the record say what each mode takes, as a share of the checkpoint's bytes, and
 what a merge reads. For Gaussian weights and changes of several sizes they also say what `exact`
@@ -43,11 +44,12 @@ from optimer_engine.kernels.reference_packed import BLOCK, CHUNK, SAME
 from optimer_engine.packing import pack, plan_unpack, unpack
 from optimer_engine.plans import Plan, available_cores
 
-DEFAULT_BYTES = 600_000_000
+DEFAULT_BYTES = 1_200_000_000
 RIVALS = ()
+MODES = ("exact", "int8", "int4")
 CHANGES = (0.001, 0.003, 0.01, 0.03, 0.1)
 """|tau| / |theta| of the synthetic deltas."""
-COPY = "copy, synced"
+COPY, READ = "copy, synced", "read base and full, cold"
 
 
 def case(
@@ -59,82 +61,85 @@ def case(
     base, trained, out, threads = inputs.base, inputs.sources[0], work / "out", available_cores()
     full = inputs.base_bytes
     folders = {"full": list(inputs.sources)}
-    for mode in ("exact", "int8"):
+    for mode in MODES:
         folders[mode] = [_packed(base, source, mode) for source in inputs.sources]
-    read = {mode: [base, *made] for mode, made in folders.items()}
-    read_bytes = {mode: sum(map(_bytes, made)) for mode, made in read.items()}
-    full_files = [file for folder in read["full"] for file in weight_files(folder)]
-    files = [file for made in read.values() for folder in made for file in weight_files(folder)]
+    read_bytes = {mode: _bytes(base, *made) for mode, made in folders.items()}
+    vector = folders["exact"][0]
 
-    def before() -> None:
+    def prepare() -> None:
         shutil.rmtree(out, ignore_errors=True)
         os.sync()  # or one contestant would wait for the write-back of another
-        (measure.evict if cold else measure.warm)(files)
 
-    def ours(name: str, run: Callable[[], object], other: str = COPY) -> Contestant:
-        return Contestant(name, "ours", full, lambda: measure.of_call(run), other)
+    def copying(
+        name: str, kind: str, run: Callable[[], object], *reads: Path, other: str | None = COPY
+    ) -> Contestant:
+        bring = measure.evict if cold else measure.warm
+        return Contestant(
+            name, kind, full, lambda: measure.of_call(run), other,
+            before=lambda: bring(_files(*reads)),
+        )  # fmt: skip
 
-    def from_cold(contestant: Contestant) -> Contestant:
-        contestant.name += ", cold"
-        contestant.before = lambda: measure.evict(files)
-        return contestant
+    def reading(
+        name: str, kind: str, run: Callable[[], object], mode: str, other: str | None = READ
+    ) -> Contestant:
+        return Contestant(
+            name, kind, read_bytes[mode], lambda: measure.of_call(run), other,
+            before=lambda: measure.evict(_files(base, *folders[mode])),
+        )  # fmt: skip
 
-    def merging(mode: str) -> Contestant:
-        other = "read base and full" if mode == "full" else f"merge {sources} full"
-        run = ours(f"merge {sources} {mode}", lambda: _merge(base, folders[mode]), f"{other}, cold")
-        run.moved_bytes = read_bytes[mode]
-        return from_cold(run)
-
-    vector = folders["exact"][0]
-    unpacking = ours("unpack exact", lambda: unpack(base, vector, out))
+    unpacking = copying("unpack exact", "ours", lambda: unpack(base, vector, out), base, vector)
     unpacking.check = lambda: _compare(out, trained)
-    copies = {
-        COPY: lambda: _copy(weight_files(trained), out, threads),
-        "cp, not synced": lambda: subprocess.run(["cp", "-r", trained, out], check=True),
-    }
-    reading = Contestant(
-        "read base and full", "ceiling", read_bytes["full"],
-        lambda: measure.of_call(lambda: ceilings.read(full_files, 2 * threads)),
-    )  # fmt: skip
-    inspecting = ours(
-        "inspect full", lambda: _inspect(base, inputs.sources), f"{reading.name}, cold"
-    )
-    inspecting.moved_bytes = read_bytes["full"]
+    plain, cp = lambda: _copy(weight_files(trained), out, threads), ["cp", "-r", trained, out]
+    everything = _files(base, *inputs.sources)
     contestants = [
-        *(
-            Contestant(name, "ceiling", full, lambda run=run: measure.of_call(run))  # type: ignore[misc]
-            for name, run in copies.items()
+        copying(COPY, "ceiling", plain, trained, other=None),
+        copying(
+            "cp, not synced", "ceiling", lambda: subprocess.run(cp, check=True), trained, other=None
         ),
-        ours("pack exact", lambda: pack(base, trained, out)),
+        *(
+            copying(
+                f"pack {mode}", "ours", lambda m=mode: pack(base, trained, out, mode=m),  # type: ignore[misc]
+                base, trained,
+            )
+            for mode in MODES
+        ),
         unpacking,
-        ours("unpack exact into nothing", lambda: _run(plan_unpack(base, vector))),
-        ours("pack int8", lambda: pack(base, trained, out, mode="int8")),
-        from_cold(reading),
-        *map(merging, folders),
-        from_cold(inspecting),
-    ]
+        copying(
+            "unpack exact into nothing", "ours", lambda: _run(plan_unpack(base, vector)), base,
+            vector,
+        ),
+        reading(READ, "ceiling", lambda: ceilings.read(everything, 2 * threads), "full", None),
+        reading("inspect full, cold", "ours", lambda: _inspect(base, inputs.sources), "full"),
+        *(
+            reading(
+                f"merge {sources} {mode}, cold", "ours", lambda m=mode: _merge(base, folders[m]),  # type: ignore[misc]
+                mode, READ if mode == "full" else f"merge {sources} full, cold",
+            )
+            for mode in folders
+        ),
+    ]  # fmt: skip
     parameters: dict[str, int | float | str | bool | list[float]] = {
         "checkpoint_bytes": full,
         "sources": sources,
         "page_cache": "cold" if cold else "warm",
         "changes": list(CHANGES),
     }
-    parameters |= {
-        f"{mode}_share": round(_bytes(made[0]) / full, 4)
-        for mode, made in folders.items()
-        if mode != "full"
-    }
+    parameters |= {f"{mode}_share": round(_bytes(folders[mode][0]) / full, 4) for mode in MODES}
     parameters |= {f"merge_{mode}_reads_bytes": count for mode, count in read_bytes.items()}
     for name, code in (("bf16", BF16), ("fp16", F16), ("fp32", F32)):
         shares = [_synthetic(code, change) for change in CHANGES]
         parameters[f"exact_share_{name}"], parameters[f"entropy_share_{name}"] = (
             [round(share, 3) for share in column] for column in zip(*shares, strict=True)
         )
-    return Case("vectors", command, parameters, contestants, before)
+    return Case("vectors", command, parameters, contestants, prepare)
 
 
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in weight_files(folder))
+def _files(*folders: Path) -> list[Path]:
+    return [file for folder in folders for file in weight_files(folder)]
+
+
+def _bytes(*folders: Path) -> int:
+    return sum(file.stat().st_size for file in _files(*folders))
 
 
 def _packed(base: Path, source: Path, mode: str) -> Path:
