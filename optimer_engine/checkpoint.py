@@ -14,6 +14,8 @@ import hashlib
 import mmap
 import os
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,6 +89,7 @@ class Checkpoint:
         metadata: the first file's header metadata.
         config: config.json as data ({} for a vector without one), adapter_config.json for an
             adapter; nothing in it is executed.
+        read_bytes, read_s: what `read_into` has read so far, and the time its callers waited.
     """
 
     def __init__(
@@ -101,6 +104,8 @@ class Checkpoint:
         self._released: dict[int, int] = {}
         self._freed: dict[int, int] = {}
         self._noted: list[str] = []
+        self.read_bytes, self.read_s = 0, 0.0
+        self._clock = threading.Lock()
 
     @classmethod
     def open(cls, folder: str | Path, *, backend: Backend = "pread") -> Checkpoint:
@@ -304,7 +309,7 @@ class Checkpoint:
         Raises:
             CheckpointError: when the file ends early or the disk fails.
         """
-        done = 0
+        begun, done = time.perf_counter(), 0
         try:
             while done < len(buffer):
                 count = os.preadv(self.files[file].fd, [buffer[done:]], offset + done)
@@ -320,6 +325,9 @@ class Checkpoint:
             raise CheckpointError(
                 f"reading failed: {error.strerror}", where=str(self.files[file].path)
             ) from error
+        with self._clock:
+            self.read_bytes += done
+            self.read_s += time.perf_counter() - begun
 
     def read_elems(self, file: int, offset: int, size: int, buffer: np.ndarray) -> np.ndarray:
         """`size` bytes from `offset` of file number `file`, by the checkpoint's backend.

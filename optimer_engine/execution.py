@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,7 +25,7 @@ from optimer_engine.errors import MismatchError, NonFiniteError, quoted
 from optimer_engine.events import Advanced, Callback, Downloaded, Event
 from optimer_engine.kept import Kept, sampled
 from optimer_engine.methods.protocol import Pass, Statistics
-from optimer_engine.operands import Stored
+from optimer_engine.operands import Placed, Stored
 from optimer_engine.plans import Plan
 from optimer_engine.runs import DIFFERENCE, Run
 from optimer_engine.sink import Sink
@@ -40,7 +39,7 @@ SETTLE_EVERY_S = 0.01
 SLOW_BYTES_PER_S = 1e9
 """Of one thread's reading: the page cache gives several times as much, a disk less."""
 SAMPLED_BYTES = 64 << 20
-KEPT_SHARE = 0.2
+KEPT_SHARE = 0.1
 """Of the machine's memory: larger inputs that are slow leave the page cache behind the reader, as
 those do that it cannot hold. They would push out what others need, and on virtual machines pages
 that are given back and taken again cost far less than fresh ones."""
@@ -126,7 +125,8 @@ class Execution:
         self.plan, self.sink, self.callbacks, self.kernel = made, sink, callbacks, kernel
         self.lanes = list(lanes)
         self.bytes_read = 0
-        self.read_s = 0.0
+        self.opened = [checkpoint for checkpoint in made.checkpoints if checkpoint is not None]
+        self.read_before = self._reading()
         self.slow = self.drained = False
         self.frees = self._share_of_memory() > 1
         self.kept = Kept()
@@ -240,19 +240,26 @@ class Execution:
             self._halt()
             raise
 
-    def _note_speed(self, took_s: float) -> None:
-        with self.changed:
-            self.read_s += took_s
-            if self.bytes_read > SAMPLED_BYTES and not self.slow:
-                self.slow = self.bytes_read < SLOW_BYTES_PER_S * self.read_s
-                if self.slow:
-                    large = self._share_of_memory() > KEPT_SHARE
-                    self.frees |= large and not self.sink.repeats
-                    self.changed.notify_all()
+    def _reading(self) -> tuple[int, float]:
+        """Bytes of the inputs that were read so far, and how long threads waited for them."""
+        counts = [(each.read_bytes, each.read_s) for each in self.opened]
+        return sum(count for count, _ in counts), sum(waited for _, waited in counts)
+
+    def _note_speed(self) -> None:
+        if self.slow:
+            return
+        (read_bytes, read_s), (bytes_before, s_before) = self._reading(), self.read_before
+        if read_bytes - bytes_before <= SAMPLED_BYTES:
+            return
+        if read_bytes - bytes_before < SLOW_BYTES_PER_S * (read_s - s_before):
+            with self.changed:
+                self.slow = True
+                large = self._share_of_memory() > KEPT_SHARE
+                self.frees |= large and not self.sink.repeats
+                self.changed.notify_all()
 
     def _share_of_memory(self) -> float:
-        opened = [checkpoint for checkpoint in self.plan.checkpoints if checkpoint is not None]
-        inputs = sum(info.nbytes for each in opened for info in each.tensors.values())
+        inputs = sum(info.nbytes for each in self.opened for info in each.tensors.values())
         return inputs / (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     def _free_behind(self, run: Run, start: int) -> None:
@@ -260,9 +267,9 @@ class Execution:
         if not self.frees:
             return
         for operand in run.operands:
-            if isinstance(operand, Stored):
-                here = operand.offset + start * operand.dtype.itemsize
-                operand.checkpoint.free_behind(operand.file, here)
+            if isinstance(operand, Placed):
+                for checkpoint, file, here in operand.places(start):
+                    checkpoint.free_behind(file, here)
 
     def _do(
         self, job: _Job, start: int, stop: int, ring: list[np.ndarray], lanes: list[Lane]
@@ -281,10 +288,9 @@ class Execution:
         if self.plan.devices is not None and run.on_gpu:
             lane = lanes[self.plan.devices.owner(run, start, stop)]
             return self._do_on_gpu(job, start, stop, ring, lane), out_bytes
-        begun = time.perf_counter()
         tiles = _read(run, start, stop, ring)
-        read_bytes = sum(tile.nbytes for tile in tiles)
-        self._note_speed(time.perf_counter() - begun)
+        read_bytes = int(run.read_bytes_per_elem * (stop - start))
+        self._note_speed()
         if out_bytes:
             self._free_behind(run, start)
         if run.copied:

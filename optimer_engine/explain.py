@@ -123,8 +123,7 @@ def _groups(plan: Plan, runs: list[Run], labels: list[str]) -> list[dict[str, An
             recipe = run.recipe
             readings, held = run.method.readings(recipe), run.method.memory(recipe)
             memory = held.shared_bytes + plan.threads * held.thread_bytes
-        width = sum(operand.read_bytes_per_elem for operand in run.operands)
-        once = run.elems * width
+        once = run.elems * run.read_bytes_per_elem
         read = int(readings * once)
         group["tensors"] += len(run.tensors)
         group["last"] = run.tensors[-1].name

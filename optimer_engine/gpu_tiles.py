@@ -19,7 +19,7 @@ from optimer_engine.adapter import LowRank
 from optimer_engine.operands import Operand, Stored, as_float
 from optimer_engine.runs import Run
 from optimer_engine.types import DType
-from optimer_engine.vectors.reading import ExactTensor, QuantisedTensor
+from optimer_engine.vectors.tensors import ExactTensor, QuantisedTensor
 
 if TYPE_CHECKING:
     from optimer_engine.device import Lane

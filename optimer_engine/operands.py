@@ -8,7 +8,7 @@ a whole: see `adapter` for LoRA.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -63,6 +63,19 @@ class Operand(Protocol):
         ...
 
 
+Place = tuple["Checkpoint", int, int]
+"""Checkpoint, number of a file, offset in it."""
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """An operand of which it is known how far its files have been read."""
+
+    def places(self, start: int) -> list[Place]:
+        """Where `read` has nothing more to fetch once it is done with the elements before start."""
+        ...
+
+
 class Stored:
     """Elements as they lie in a file, from byte `offset` of file number `file`."""
 
@@ -88,6 +101,10 @@ class Stored:
         return self.checkpoint.read_elems(
             self.file, self.offset + start * size, (stop - start) * size, buffer
         ).view(self.dtype.storage)
+
+    def places(self, start: int) -> list[Place]:
+        """See `Placed`."""
+        return [(self.checkpoint, self.file, self.offset + start * self.dtype.itemsize)]
 
     def scratch_bytes(self, elems: int) -> int:
         """None."""

@@ -114,6 +114,11 @@ class Run:
         return [file for operand in self.operands for file in operand.reads]
 
     @property
+    def read_bytes_per_elem(self) -> float:
+        """Bytes of the inputs' files behind one element."""
+        return sum(operand.read_bytes_per_elem for operand in self.operands)
+
+    @property
     def widest(self) -> int:
         """Bytes of an element in the widest operand or the output."""
         return max(self.computed.itemsize, *(o.dtype.itemsize for o in self.operands), 1)

@@ -25,7 +25,7 @@ from optimer_engine.operands import Operand
 from optimer_engine.packing.store import PartsFile, Published
 from optimer_engine.types import DType, TensorInfo
 from optimer_engine.vectors.format import Description, part_name
-from optimer_engine.vectors.reading import codes, group_count
+from optimer_engine.vectors.tensors import codes, group_count
 
 TILE_ELEMS = 8 * CHUNK
 

@@ -19,7 +19,7 @@ from optimer_engine.events import Callback
 from optimer_engine.folder_sink import FolderSink
 from optimer_engine.hub import locate
 from optimer_engine.layout import lay_out
-from optimer_engine.operands import Operand, Stored
+from optimer_engine.operands import Operand, Place, Stored
 from optimer_engine.plans import TILE_BYTES, Plan, available_cores
 from optimer_engine.recipe import Recipe, Source
 from optimer_engine.report import Report
@@ -48,6 +48,10 @@ class Restored:
         size = (stop - start) * self.base.dtype.itemsize
         held = self.exact.packed.scratch(size, "base")
         return self.exact.read(start, stop, buffer, self.base.read(start, stop, held, None))
+
+    def places(self, start: int) -> list[Place]:
+        """See `operands.Placed`."""
+        return [*self.base.places(start), *self.exact.places(start)]
 
     def scratch_bytes(self, elems: int) -> int:
         """The packed bytes and the base's."""

@@ -6,6 +6,7 @@ described in docs/vector-format.md.
 """
 
 from optimer_engine.vectors.format import MODES, VERSION
-from optimer_engine.vectors.reading import ExactTensor, Packed, open
+from optimer_engine.vectors.reading import open
+from optimer_engine.vectors.tensors import ExactTensor, Packed
 
 __all__ = ["MODES", "VERSION", "ExactTensor", "Packed", "open"]
