@@ -34,6 +34,9 @@ from optimer_engine.search.surrogate import GaussianProcess
 
 OPTIMISM = 2.0
 """Standard deviations of the confidence bound by which proposals are chosen."""
+MEAN_EVERY = 4
+"""Of so many proposals one is chosen by the mean alone: where the model's optimum is by now. Those
+by the bound lie around it, and only a point that was tried can be recommended."""
 CLOUD_POINTS = 2048
 ROUNDS = 5
 SEEDS_PER_ROUND = 8
@@ -75,6 +78,7 @@ def propose(
         limits = [limit.believing(running) for limit in limits]
     space = ConfigurationSpace(seed=seed)
     names = [f"w{i:04d}" for i in range(points.shape[1])]  # sorts as it counts
+    by_mean = (len(points) + len(running)) % MEAN_EVERY == MEAN_EVERY - 1
     space.add([Float(name, (0.0, 1.0)) for name in names])
     logging.getLogger("smac").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="optimer-smac-") as folder, warnings.catch_warnings():
@@ -87,7 +91,7 @@ def propose(
             scenario,
             None,  # type: ignore[arg-type]
             model=_Surrogate(space, model, seed),
-            acquisition_function=_Optimistic(points, limits, running),
+            acquisition_function=_Optimistic(points, limits, running, 0.0 if by_mean else OPTIMISM),
             acquisition_maximizer=_CloudSearch(space, seed=seed),
             initial_design=BlackBoxFacade.get_initial_design(scenario, n_configs=0),
             intensifier=BlackBoxFacade.get_intensifier(scenario, max_config_calls=1),
@@ -133,17 +137,21 @@ class _Surrogate(AbstractModel):
 class _Optimistic(EI):
     """What a point may improve on the best one at its lower confidence bound, if limits are kept.
 
-    (best mean − mean + OPTIMISM · sd)₊ · P(limits kept). With noisy scores this explores where
+    (best mean − mean + optimism · sd)₊ · P(limits kept). With noisy scores this explores where
     expected improvement keeps sampling one spot: near the optimum all means are alike, and EI,
     which weighs a gain by how likely it is, leaves the directions of little curvature unmeasured.
     While no point is known to keep the limits, the probability of keeping them is all that counts.
     """
 
     def __init__(
-        self, points: np.ndarray, limits: Sequence[GaussianProcess], running: np.ndarray
+        self,
+        points: np.ndarray,
+        limits: Sequence[GaussianProcess],
+        running: np.ndarray,
+        optimism: float,
     ) -> None:
         super().__init__()
-        self._running, self._limits = len(running), limits
+        self._running, self._limits, self._optimism = len(running), limits, optimism
         self._points = np.concatenate([points, running])
 
     def _update(self, **kwargs: Any) -> None:
@@ -160,7 +168,7 @@ class _Optimistic(EI):
             return kept
         assert self._model is not None
         mean, variance = self._model.predict_marginalized(X)
-        gain = self._eta - mean + OPTIMISM * np.sqrt(variance)
+        gain = self._eta - mean + self._optimism * np.sqrt(variance)
         return np.asarray(np.maximum(gain, 0.0).reshape(-1, 1) * kept)
 
 

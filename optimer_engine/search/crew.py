@@ -104,7 +104,11 @@ class Scorer:
             error = str(problem)
         except OptimerError:
             raise
-        except Exception as problem:  # the objective is foreign code
+        except (Exception, SystemExit) as problem:  # the objective is foreign code
+            # in the main thread an exit may be a signal's; in a worker's it would end the worker
+            main = threading.current_thread() is threading.main_thread()
+            if main and isinstance(problem, SystemExit):
+                raise
             status, error = "crashed", f"{type(problem).__name__}: {problem}"
         else:
             status, error = "ok", ""

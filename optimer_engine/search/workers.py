@@ -61,15 +61,22 @@ def on_this_machine(
     gpus = _gpus(count) if device.startswith("cuda") else []
     threads = str(max(1, len(os.sched_getaffinity(0)) // count))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    cluster = distributed.LocalCluster(
-        n_workers=count,
-        threads_per_worker=1,
-        processes=True,
-        memory_limit=0,  # Dask would kill a worker for holding a large model
-        dashboard_address=None,
-        silence_logs=logging.CRITICAL,
-        env=dict.fromkeys(names, threads),
-    )
+    settings = {
+        # a process that was stopped, or held the interpreter for long, is no lost one; the death of
+        # a process of this machine is seen at once
+        "distributed.scheduler.worker-ttl": None,
+    }
+    with distributed.dask.config.set(settings):
+        cluster = distributed.LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,  # Dask would kill a worker for holding a large model
+            dashboard_address="127.0.0.1:0",  # None would take port 8787, or warn that it is taken
+            scheduler_kwargs={"dashboard": False},
+            silence_logs=logging.CRITICAL,
+            env=dict.fromkeys(names, threads),
+        )
     with cluster, distributed.Client(cluster) as client:
         crew = Workers(client, make, identity, gpus, limit_s)
         try:

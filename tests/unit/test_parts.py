@@ -100,7 +100,7 @@ def test_dask_workers_make_the_bytes_of_a_single_run(recipe, tmp_path):
 
     merge(recipe, tmp_path / "whole")
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None
+        n_workers=2, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
     ) as cluster:
         address = cluster.scheduler_address
         report = merge_on_dask(Recipe.load(recipe), tmp_path / "out", address, threads=1)

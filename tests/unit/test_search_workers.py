@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,8 @@ def cluster():  # type: ignore[no-untyped-def]
         n_workers=2,
         threads_per_worker=1,
         memory_limit=0,
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
+        scheduler_kwargs={"dashboard": False},
         silence_logs=logging.CRITICAL,
     ) as made:
         yield made
@@ -210,6 +212,21 @@ def test_workers_without_dask_are_refused_naming_the_extra(
         run_search(
             config(), tmp_path / "run", evaluate=bowl_of(tmp_path), workers=2, scheduler="tcp://x:1"
         )
+
+
+def test_an_objective_that_exits_fails_its_trial_and_takes_no_worker_with_it() -> None:
+    """Dask scores in threads; an exit that left one would end the worker's process."""
+
+    def exits(w: dict[str, float]) -> float:
+        raise SystemExit(2)
+
+    scorer = Scorer(lambda: FunctionSubject(config(), exits))
+    point = dict.fromkeys(OPTIMUM, 0.5)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(scorer.score, point, None).result()
+    assert (answer.status, answer.error) == ("crashed", "SystemExit: 2")
+    with pytest.raises(SystemExit):  # the main thread's: a signal's, for instance
+        scorer.score(point, None)
 
 
 def test_more_workers_than_gpus_are_refused(tmp_path: Path) -> None:
