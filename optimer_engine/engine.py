@@ -35,6 +35,8 @@ def merge(
     compat: str | None = None,
     seed: int | None = None,
     rounding: Literal["nearest", "stochastic"] | None = None,
+    nonfinite: Literal["refuse", "keep"] = "refuse",
+    overflow: Literal["refuse", "clamp"] = "refuse",
     mem_limit: int | str = MEM_LIMIT,
     threads: int | None = None,
     backend: ReadBackend = "pread",
@@ -54,7 +56,7 @@ def merge(
         discard: start afresh instead of continuing.
         part: (i, n) to write only the i-th of n parts, counted from 1; n runs, on any machines that
             share the disk, make one output, and the one that ends last publishes it.
-        max_shard_size, compat, seed, rounding: see `planner.plan`.
+        max_shard_size, compat, seed, rounding, nonfinite, overflow: see `planner.plan`.
         backend: how inputs are read: "pread", or "mmap" (see `checkpoint`), or "kvikio" straight
             into GPU memory.
         device, resident_mem: where it is merged, see `planner.plan`; the bytes are the same, but
@@ -75,6 +77,8 @@ def merge(
         compat=compat,
         seed=seed,
         rounding=rounding,
+        nonfinite=nonfinite,
+        overflow=overflow,
         part=part,
         backend=backend,
         whole=False,
@@ -169,6 +173,13 @@ def _operation(made: Plan) -> str:
     return "base + sum_i w_i * tau_i" if used == ["task_arithmetic"] else ", ".join(used)
 
 
+def _amended(execution: Execution) -> list[str]:
+    count = execution.amended
+    return [f"{count} values that are NaN, infinite or too large were kept or clamped"] * (
+        count > 0
+    )
+
+
 def _report(made: Plan, execution: Execution, wall_s: float) -> Report:
     extracted = any(treatment.method == DIFFERENCE for treatment in made.treatments)
     read = made.read_checkpoints.items()
@@ -190,6 +201,6 @@ def _report(made: Plan, execution: Execution, wall_s: float) -> Report:
         tile_bytes=made.tile_bytes,
         projected_mem_bytes=made.projected_mem_bytes,
         peak_mem_bytes=peak_mem_bytes(),
-        warnings=list(made.warnings),
+        warnings=[*made.warnings, *_amended(execution)],
         versions=versions("numpy", "numba", *(("torch", "triton") if made.devices else ())),
     )

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from optimer_engine import methods, ops
+from optimer_engine import methods, nonfinite, ops
 from optimer_engine.downloads import Downloads
-from optimer_engine.errors import MismatchError, NonFiniteError, quoted
+from optimer_engine.errors import MismatchError, quoted
 from optimer_engine.events import Advanced, Callback, Downloaded, Event
 from optimer_engine.kept import Kept, sampled
 from optimer_engine.methods.protocol import Pass, Statistics
@@ -130,6 +130,7 @@ class Execution:
         self.slow = self.drained = False
         self.frees = self._share_of_memory() > 1
         self.kept = Kept()
+        self.amended = 0
         self.changed = threading.Condition()
         self.stop = threading.Event()
         self.runs: Iterator[tuple[int, Run]] = iter(())
@@ -319,8 +320,8 @@ class Execution:
         if computed is not out:
             bad |= self._round_by_chance(run, start, stop, computed, out)
         if bad:
-            self._refuse_nonfinite(run, start, stop, tiles)
-        if job.method is None and run.treatment.method != DIFFERENCE:
+            self._amend(run, start, stop, tiles, out)
+        elif job.method is None and run.treatment.method != DIFFERENCE:
             self.kept.add(run, start, tiles, out)
         self.sink.write_run(run, start, out)
         return read_bytes, out_bytes
@@ -346,13 +347,14 @@ class Execution:
         if computed is not out:
             bad |= self._round_by_chance(run, start, stop, computed, out)
         if bad:
-            self._refuse_nonfinite(run, start, stop, _read(run, start, stop, ring))
+            self._amend(run, start, stop, _read(run, start, stop, ring), None if stays else out)
         if stays:
             lane.launch(self.sink.write_run, run, start, lane.typed(merged.out, run.computed))
             lane.wait(run, start, stop)
             return merged.read_bytes
         self.sink.write_run(run, start, out)
-        if job.method is None and run.treatment.method != DIFFERENCE and merged.read_bytes:
+        linear = job.method is None and run.treatment.method != DIFFERENCE
+        if linear and merged.read_bytes and not bad:
             for begin, end in sampled(start, stop):  # on the GPU the inputs were out of sight
                 block = out[begin - start : end - start]
                 self.kept.add(run, begin, _read(run, begin, end, ring[:-1]), block)
@@ -398,28 +400,16 @@ class Execution:
             todo="use sources whose other tensors equal the base's",
         )
 
-    def _refuse_nonfinite(
-        self, run: Run, start: int, stop: int, tiles: list[np.ndarray]
-    ) -> NoReturn:
-        names = [] if run.base is None else ["base"]
-        names += [self._name(run, number) for number, _ in run.sources]
-        for name, operand, values in zip(names, run.operands, tiles, strict=True):
-            for info, first, low, high in run.parts(start, stop):
-                bad = ops.nonfinite(values[low - start : high - start], operand.dtype)
-                if bad.any():
-                    raise NonFiniteError(
-                        f"{quoted(info.name)} holds NaN or infinity: first at element"
-                        f" {first + int(bad.argmax())}, {np.count_nonzero(bad)} in this tile;"
-                        " finite numbers expected",
-                        where=name,
-                        todo="repair or leave out this source",
-                    )
-        tensors = ", ".join(quoted(info.name) for info, *_ in run.parts(start, stop))
-        raise NonFiniteError(
-            f"{tensors}: the merged values are too large for {run.out.dtype.torch_name}",
-            where="output",
-            todo="use smaller weights or out_dtype: float32",
-        )
+    def _amend(self, run: Run, start: int, stop: int, tiles: list[np.ndarray], out: Any) -> None:
+        """Keep or clamp what is no number, if that was asked for; else refuse it."""
+        keep, clamp = (self.plan.options.get(key) for key in ("nonfinite", "overflow"))
+        amended = 0
+        if out is not None and (keep == "keep" or clamp == "clamp"):
+            amended = nonfinite.amend(run, tiles, out, keep == "keep", clamp == "clamp")
+        if not amended:
+            nonfinite.refuse(run, start, stop, tiles, lambda number: self._name(run, number))
+        with self.changed:
+            self.amended += amended
 
 
 def _row(buffer: np.ndarray, elems: int, dtype: DType) -> np.ndarray:

@@ -75,6 +75,8 @@ def plan(
     compat: str | None = None,
     seed: int | None = None,
     rounding: Literal["nearest", "stochastic"] | None = None,
+    nonfinite: Literal["refuse", "keep"] = "refuse",
+    overflow: Literal["refuse", "clamp"] = "refuse",
     part: tuple[int, int] = (1, 1),
     backend: ReadBackend = "pread",
     whole: bool = True,
@@ -93,6 +95,8 @@ def plan(
         compat: "mergekit" for what mergekit computes where it departs from a method's paper.
         seed: of random masks and stochastic rounding, in place of the recipe's.
         rounding: in place of the recipe's; mergekit's files cannot say it.
+        nonfinite: "keep" to let NaN and infinity in the inputs pass into the output.
+        overflow: "clamp" to make of sums that are too large the output dtype's largest number.
         part: (i, n): plan only the i-th of n parts of the output, counted from 1.
         backend: how the inputs are read, see `checkpoint`; or "kvikio", into GPU memory directly.
         device: "cpu"; "cuda" for all GPUs, "cuda:0,1" for some; "auto" for GPUs if there are any,
@@ -124,6 +128,11 @@ def plan(
         made = _plan_recipe(_with_options(recipe, options), every_source, whole, read_by)
     else:
         made = _plan_mergekit(recipe, options, whole, read_by)
+    if nonfinite == "keep":
+        _check_all_linear(made)
+        options["nonfinite"] = nonfinite
+    if overflow == "clamp":
+        options["overflow"] = overflow
     notes = (note for checkpoint in made.checkpoints if checkpoint for note in checkpoint.notes)
     made = replace(
         made,
@@ -150,6 +159,16 @@ def plan(
 
 FREE_SHARE = 0.9
 """Of a GPU's free memory that `resident_mem="free"` takes: allocators need some room."""
+
+
+def _check_all_linear(made: Plan) -> None:
+    for treatment in made.treatments:
+        if treatment.method not in JOINED:
+            raise RecipeError(
+                f"method {treatment.method} orders and measures values, which NaN has no place in",
+                where="allow-nonfinite",
+                todo="repair the source, or merge it by method: task_arithmetic",
+            )
 
 
 def _devices(device: str, backend: str) -> Devices | None:

@@ -41,6 +41,14 @@ if TYPE_CHECKING:
     type=click.Choice(["nearest", "stochastic"]),
     help="To bf16; stochastic keeps small deltas on average.",
 )
+@click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinity of the inputs.")
+@click.option(
+    "--on-overflow",
+    type=click.Choice(["refuse", "clamp"]),
+    default="refuse",
+    show_default=True,
+    help="Of sums too large for the output's dtype.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--discard", is_flag=True, help="Start afresh; default: continue if interrupted.")
 @click.option("--mem-limit", default="512MiB", show_default=True, help="Beyond the interpreter.")
@@ -69,6 +77,8 @@ def command(
     compat: str | None,
     seed: int | None,
     rounding: str | None,
+    allow_nonfinite: bool,
+    on_overflow: str,
     dry_run: bool,
     discard: bool,
     mem_limit: str,
@@ -105,6 +115,7 @@ def command(
     options: dict[str, Any] = {"mem_limit": mem_limit, "max_shard_size": max_shard_size}
     options |= {"threads": threads, "backend": read_backend, "compat": compat, "seed": seed}
     options |= {"rounding": rounding, "disk_limit": disk_limit, "device": device}
+    options |= {"nonfinite": "keep" if allow_nonfinite else "refuse", "overflow": on_overflow}
     options["resident_mem"] = resident_mem(device, storage_device)
     wanted: Recipe | MergekitConfig
     if recipe is not None:

@@ -25,14 +25,14 @@ ORDER = [
     "methods", "operands", "resized", "quantized", "adapter", "vectors", "runs",
     "ops", "gpu_tiles", "device", "cuda", "mergekit",
     "by_token", "alignment", "suspicions", "layout", "lowering", "plans", "planner", "explain",
-    "sink", "kept", "shard_file", "work_folder", "folder_sink",
+    "sink", "kept", "nonfinite", "shard_file", "work_folder", "folder_sink",
     "execution", "engine", "iteration", "spread", "packing", "verify", "convert", "inspection",
     "lock", "pool", "search", "train", "demo", "cli",
 ]  # fmt: skip
 # A plan runs itself, inside two of its methods.
 STEPS_BACK = {("plans", "engine"), ("plans", "iteration")}
 # Whatever computes tiles may call kernels.
-CALL_KERNELS = {"ops", "methods", "vectors", "packing", "inspection"}
+CALL_KERNELS = {"ops", "nonfinite", "methods", "vectors", "packing", "inspection"}
 WITHOUT_TORCH = ORDER[: ORDER.index("explain") + 1]
 HEAVY = {"torch", "transformers", "datasets", "smac", "lm_eval", "matplotlib", "huggingface_hub",
          "peft", "accelerate", "numba", "scipy", "pandas", "optuna", "vllm", "distributed",

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from optimer_engine import merge, plan
+from optimer_engine import merge, plan, verify_output
 from optimer_engine.cli import optimer
 from optimer_engine.errors import (
     CheckpointError,
@@ -116,6 +116,57 @@ def test_overflow_of_the_output_is_named(case, tmp_path, write_checkpoint):
     recipe["out_dtype"] = "float16"
     recipe["sources"][0]["weight"] = 1.0
     refused(recipe, tmp_path, NonFiniteError, "output", "model.norm.weight", "float16")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_nonfinite_values_are_kept_on_request(case, tmp_path, write_checkpoint, dtype):
+    recipe, _, _ = case
+    base = {n: t.to(dtype) for n, t in random_tensors(0).items()}
+    source = {n: t.to(dtype) for n, t in nearby(random_tensors(0), 1).items()}
+    name = "model.layers.1.mlp.weight"
+    base[name][0, :2] = source[name][0, :2] = torch.tensor([float("-inf"), float("nan")])
+    source[name][3, 5] = float("inf")
+    recipe["base"] = str(write_checkpoint("odd-base", base))
+    recipe["sources"][0]["model"] = str(write_checkpoint("odd", source))
+    refused(recipe, tmp_path, NonFiniteError, "--allow-nonfinite")
+    plain = {n: t.nan_to_num(0, 0, 0) for n, t in base.items()}
+    report = merge(recipe, tmp_path / "kept", nonfinite="keep")
+    assert "3 values that are NaN, infinite or too large" in report.warnings[-1]
+    merged = load_file(tmp_path / "kept" / "model.safetensors")
+    assert merged[name][0, 0] == float("-inf")
+    assert merged[name][0, 1].isnan()
+    assert merged[name][3, 5] == float("inf")
+    odd = ~base[name].isfinite() | ~source[name].isfinite()
+    assert merged[name][~odd].isfinite().all()
+    assert odd.sum() == 3
+    recipe["base"] = str(write_checkpoint("even-base", plain))
+    tamed = {n: t.nan_to_num(0, 0, 0) for n, t in source.items()}
+    recipe["sources"][0]["model"] = str(write_checkpoint("even", tamed))
+    merge(recipe, tmp_path / "even-out")
+    even = load_file(tmp_path / "even-out" / "model.safetensors")
+    assert torch.equal(even[name][~odd], merged[name][~odd])
+    verify_output(tmp_path / "kept", full=True)
+    recipe["method"] = "ties"
+    with pytest.raises(RecipeError, match="ties orders and measures"):
+        merge(recipe, tmp_path / "sparse", nonfinite="keep")
+
+
+@pytest.mark.parametrize("out_dtype", ["float16", "bfloat16", "float32", "float8_e4m3fn"])
+def test_overflow_is_clamped_on_request(case, tmp_path, write_checkpoint, out_dtype):
+    recipe, _, _ = case
+    base = {n: t.double() for n, t in random_tensors(0).items()}
+    source = {n: t.clone() for n, t in base.items()}
+    name = "model.norm.weight"
+    source[name][:2] = torch.tensor([1e300, -1e300], dtype=torch.float64)
+    recipe["base"] = str(write_checkpoint("wide-base", base))
+    recipe["sources"][0] |= {"model": str(write_checkpoint("wide", source)), "weight": 1.0}
+    recipe["out_dtype"] = out_dtype
+    refused(recipe, tmp_path, NonFiniteError, "--on-overflow clamp")
+    merge(recipe, tmp_path / "clamped", overflow="clamp")
+    merged = load_file(tmp_path / "clamped" / "model.safetensors")[name]
+    largest = torch.finfo(getattr(torch, out_dtype)).max
+    assert merged[:2].double().tolist() == [largest, -largest]
+    assert torch.equal(merged[2:].double(), base[name][2:].to(merged.dtype).double())
 
 
 @pytest.mark.parametrize(
