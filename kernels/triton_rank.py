@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .triton_elements import load_where, raise_where, total_of
 from .triton_launch import NUM_WARPS, OPTIONS, fixed_block, on_device, warp_threads
-from .triton_sparse import delta_of, magnitude, philox
+from .triton_sparse import delta_of, four_words, magnitude
 
 _INFINITY = tl.constexpr(0x7F800000)
 HELD = 8
@@ -32,15 +32,7 @@ def _word(stream, element, ELEMS: tl.constexpr):
     """`reference_methods.uniform_words` of any elements, each from a counter of its own."""
     number = element.to(tl.uint64)
     counter = number // 64 * 16 + number % 16
-    zero = tl.full((ELEMS,), 0, tl.uint32)
-    w0, w1, w2, w3 = philox(
-        counter.to(tl.uint32),
-        (counter >> 32).to(tl.uint32),
-        zero + tl.load(stream + 2).to(tl.uint32),
-        zero + tl.load(stream + 3).to(tl.uint32),
-        zero + tl.load(stream).to(tl.uint32),
-        zero + tl.load(stream + 1).to(tl.uint32),
-    )
+    w0, w1, w2, w3 = four_words(stream, counter, ELEMS)
     which = number // 16 % 4
     low, high = tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3)
     return tl.where(which < 2, low, high)

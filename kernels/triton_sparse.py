@@ -37,7 +37,7 @@ _INFINITY = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def philox(c0, c1, c2, c3, k0, k1):
+def _philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 (Salmon et al., SC 2011) on uint32 blocks."""
     for _ in tl.static_range(10):
         p0 = c0.to(tl.uint64) * 0xD2511F53
@@ -52,15 +52,13 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def words(stream, start, ELEMS: tl.constexpr):
-    """`reference_methods.uniform_words` of elements from `start`, a multiple of 64, on.
+def four_words(stream, counter, ELEMS: tl.constexpr):
+    """The four words of each 64-bit counter, as four blocks of ELEMS.
 
     stream: address of key0, key1, counter2, counter3 as int64.
     """
-    quarter: tl.constexpr = ELEMS // 4
-    counter = start.to(tl.uint64) // 4 + tl.arange(0, quarter).to(tl.uint64)
-    zero = tl.full((quarter,), 0, tl.uint32)
-    w0, w1, w2, w3 = philox(
+    zero = tl.full((ELEMS,), 0, tl.uint32)
+    return _philox(
         counter.to(tl.uint32),
         (counter >> 32).to(tl.uint32),
         zero + tl.load(stream + 2).to(tl.uint32),
@@ -68,6 +66,14 @@ def words(stream, start, ELEMS: tl.constexpr):
         zero + tl.load(stream).to(tl.uint32),
         zero + tl.load(stream + 1).to(tl.uint32),
     )
+
+
+@triton.jit
+def words(stream, start, ELEMS: tl.constexpr):
+    """`reference_methods.uniform_words` of elements from `start`, a multiple of 64, on."""
+    quarter: tl.constexpr = ELEMS // 4
+    counter = start.to(tl.uint64) // 4 + tl.arange(0, quarter).to(tl.uint64)
+    w0, w1, w2, w3 = four_words(stream, counter, quarter)
     # [group, lane, low bit of the word's number, high bit] -> [group, high, low, lane]
     four = tl.join(tl.join(w0, w1), tl.join(w2, w3))
     four = tl.reshape(four, (quarter // 16, 16, 2, 2))
