@@ -19,7 +19,9 @@ from typing import Any
 import numba.extending
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
+from numba.core import cgutils
+from numba.np import arrayobj
 
 from .reference import BF16, F8_E4M3, F8_E5M2, F16, F32, F64
 
@@ -67,21 +69,35 @@ def store(_context, address, dtype, index, value):
 
 
 @intrinsic
-def _pointer(_context, address, dtype):
-    """`address` as a pointer to `dtype`."""
-    pointer = types.CPointer(dtype.instance_type)
+def array(_context, address, dtype, elems):
+    """Memory that is both read and written, as an array: what `load` and `store` must not be used
+    for. `address` is aligned to the elements; elems: their number, or a shape.
+
+    As numba's `carray`, which however compiles two functions for each dtype and shape.
+    """
+    element = dtype.instance_type
+    several = isinstance(elems, types.BaseTuple)
+    lengths = list(elems) if several else [elems]
+    result = types.Array(element, len(lengths), "C")
 
     def generate(context, builder, _signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(pointer))
+        given = cgutils.unpack_tuple(builder, args[2]) if several else [args[2]]
+        shape = [
+            context.cast(builder, value, length, types.intp)
+            for value, length in zip(given, lengths, strict=True)
+        ]
+        size = context.get_constant(
+            types.intp, context.get_abi_sizeof(context.get_data_type(element))
+        )
+        strides = [size]
+        for length in reversed(shape[1:]):
+            strides.insert(0, builder.mul(strides[0], length))
+        made = arrayobj.make_array(result)(context, builder)
+        data = builder.inttoptr(args[0], context.get_data_type(element).as_pointer())
+        arrayobj.populate_array(made, data, shape, strides, size, None)
+        return made._getvalue()
 
-    return pointer(types.int64, dtype), generate
-
-
-@njit
-def array(address, dtype, elems):
-    """Memory that is both read and written, as an array: what `load` and `store` must not be used
-    for. `address` is aligned to the elements."""
-    return carray(_pointer(address, dtype), elems)
+    return result(types.int64, dtype, elems), generate
 
 
 def _conversion(source: types.Type, target: types.Type, steps):

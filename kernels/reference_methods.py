@@ -21,6 +21,10 @@ from .reference import round_to, upcast
 BLOCK = 1024
 """Elements that the CPU's loops take at a time: a dozen fp32 blocks fit a first-level cache."""
 
+PITCH = BLOCK + 144
+"""Elements from one such block to the next: a load waits for an earlier store at the same place
+within a page, so blocks that are walked together lie at different ones."""
+
 GRANULE = 65536
 """Elements per block of exact counts and of sums; a multiple of BLOCK."""
 

@@ -19,10 +19,12 @@ import numpy as np
 from .conversion import conversions
 from .native import compiled
 from .reference import accumulates_in_fp64
-from .reference_methods import BINS, BLOCK, CHANCE, CUT, MAGNITUDE, RANK
+from .reference_methods import BINS, BLOCK, CHANCE, CUT, MAGNITUDE, PITCH, RANK
 
 CUTS, DRAWS, RANKS = 1, 2, 4
 """Bits of `Masks.kinds`."""
+
+PAGE, GAP = 4096, PITCH - BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +117,19 @@ def _arguments(inputs: Inputs, masks: Masks, out: np.ndarray | None, out_code: i
         conversions((inputs.base_code, *inputs.codes, out_code), inputs.wide),
         np.array(inputs.is_delta, np.int64),
         masks.rows, masks.chances, masks.streams, masks.factors, len(masks.factors),
-        np.empty(width, inputs.dtype), np.empty((n, width), inputs.dtype),
-        np.empty(width, np.uint32), np.empty(width + 128, np.uint32),
-        np.empty((2, width), np.int64), np.empty(BINS, np.int64),
-        np.zeros((n, 2), np.int64), np.empty(6 * BLOCK, inputs.dtype),
+        _scratch(0, width, inputs.dtype), _scratch(1, n * (width + GAP), inputs.dtype),
+        _scratch(2, width, np.uint32), _scratch(3, width + 128, np.uint32),
+        np.empty((2, width), np.int64), np.empty(2 * BINS, np.int64),
+        np.zeros((n, 2), np.int64), _scratch(4, 6 * PITCH, inputs.dtype),
     ]  # fmt: skip
+
+
+def _scratch(number: int, elems: int, dtype: type) -> np.ndarray:
+    """Memory that begins at a place within a page which depends on `number`; see PITCH."""
+    size = elems * np.dtype(dtype).itemsize
+    memory = np.empty(size + PAGE, np.uint8)
+    first = (number * 320 - address(memory)) % PAGE
+    return memory[first : first + size]
 
 
 def call(entry: Callable[[int], Any], arguments: list[Any]) -> Any:
@@ -143,10 +153,10 @@ def _opened() -> Any:
             array(p[8], np.int64, (n,)), array(p[9], np.int64, (n + 1, 8)),
             array(p[10], np.float64, (n, 2)), array(p[11], np.int64, (n, 4)),
             array(p[12], np.float64, (p[13],)), array(p[14], dtype, (width,)),
-            array(p[15], dtype, (n, width)), array(p[16], np.uint32, (width,)),
+            array(p[15], dtype, (n, width + GAP)), array(p[16], np.uint32, (width,)),
             array(p[17], np.uint32, (width + 128,)), array(p[18], np.int64, (2, width)),
-            array(p[19], np.int64, (BINS,)), array(p[20], np.int64, (n, 2)),
-            array(p[21], dtype, (6 * BLOCK,)),
+            array(p[19], np.int64, (2 * BINS,)), array(p[20], np.int64, (n, 2)),
+            array(p[21], dtype, (6 * PITCH,)),
         )  # fmt: skip
 
     return opened

@@ -28,6 +28,7 @@ from .reference_methods import (
     GRANULE,
     MAGNITUDE,
     NO_CONSENSUS,
+    PITCH,
     RANK,
     VARIANCE,
 )
@@ -40,51 +41,75 @@ _SHIFT, _LOW_BITS = np.uint32(16), np.uint32(0xFFFF)
 def _delta(address, form, offset, is_delta, n, base, value, keys):
     """value[:n] = delta of n elements from `offset` on, keys[:n] = their keys; the top key."""
     upcast(address, form, offset, n, value)
-    if not is_delta:
-        for j in range(n):
-            value[j] = value[j] - base[j]
     top = np.uint32(0)
     for j in range(n):
-        key = magnitude(value[j])
+        difference = value[j] - base[j]
+        delta = value[j] if is_delta else difference
+        key = magnitude(delta)
+        value[j] = delta
         keys[j] = key
         top = max(top, key)
     return top
 
 
 @loop
-def _cut(mask, start, n, keys, seen, value):
-    """Zero the values outside the mask's cuts. The block [start, start + n) is in one granule."""
-    granule = start // GRANULE
-    zero = value.dtype.type(0)
-    if granule != mask[2] and granule != mask[5]:
-        least = np.uint32(mask[1] if granule < mask[2] else mask[1] + 1)
-        beyond = np.uint32(mask[4] if granule < mask[5] else mask[4] + 1)
-        for j in range(n):
-            kept = (keys[j] >= least) & (keys[j] < beyond)
-            value[j] = value[j] if kept else zero
-        return
-    if start % GRANULE == 0:
-        seen[0] = 0
-        seen[1] = 0
+def _delta_by_chance(address, form, offset, is_delta, n, base, value, words, chance):
+    """value[:n] = the delta where a word is below `chance`, else 0; the top key of all deltas."""
+    upcast(address, form, offset, n, value)
+    limit, zero, top = np.uint32(chance), value.dtype.type(0), np.uint32(0)
     for j in range(n):
-        kept = True
-        for which in range(2):
-            key, cut_granule, quota = mask[1 + 3 * which], mask[2 + 3 * which], mask[3 + 3 * which]
-            within = keys[j] > key
-            if keys[j] == key:
-                within = granule < cut_granule or (granule == cut_granule and seen[which] < quota)
-                seen[which] += 1
-            kept = kept and within == (which == 0)
-        if not kept:
-            value[j] = zero
+        difference = value[j] - base[j]
+        delta = value[j] if is_delta else difference
+        top = max(top, magnitude(delta))
+        value[j] = delta if words[j] < limit else zero
+    return top
 
 
 @loop
-def _take_chance(words, chance, n, value):
-    """Zero the values whose word is not below `chance`."""
-    limit, zero = np.uint32(chance), value.dtype.type(0)
+def _end(cut, start, n, keys, seen):
+    """How many elements of a block are within a cut although they only equal its key.
+
+    They are the block's first ones. The block [start, start + n) is in one granule; seen: of those
+    that equal the key, how many lie in the granule before the block.
+    """
+    key, granule, quota = np.uint32(cut[0]), cut[1], cut[2]
+    if start // GRANULE != granule:
+        return n if start // GRANULE < granule else 0
+    if start % GRANULE == 0:
+        seen[0] = 0
+    equal = np.uint32(0)
     for j in range(n):
-        value[j] = value[j] if words[j] < limit else zero
+        equal += np.uint32(keys[j] == key)
+    left = quota - seen[0]
+    seen[0] += np.int64(equal)
+    if left >= np.int64(equal):
+        return n
+    end = np.int64(0)
+    while left > 0:
+        left -= np.int64(keys[end] == key)
+        end += 1
+    return end
+
+
+@loop
+def _between(least, beyond, n, keys, value):
+    """Zero the values whose keys are not in [least, beyond)."""
+    low, high, zero = np.uint32(least), np.uint32(beyond), value.dtype.type(0)
+    for j in range(n):
+        kept = (keys[j] >= low) & (keys[j] < high)
+        value[j] = value[j] if kept else zero
+
+
+@loop
+def _cut(mask, start, n, keys, seen, value):
+    """Zero the values outside the mask's cuts. The block [start, start + n) is in one granule."""
+    near, far = _end(mask[1:4], start, n, keys, seen), _end(mask[4:7], start, n, keys, seen[1:])
+    first = np.int64(0)
+    while first < n:  # up to three times, as a rule once
+        least, beyond = mask[1] + (first >= near), mask[4] + (first >= far)
+        last = min(near if first < near else n, far if first < far else n)
+        _between(least, beyond, last - first, keys[first:], value[first:])
+        first = last
 
 
 @loop
@@ -134,15 +159,19 @@ def masker(cuts: bool, draws: bool, ranks: bool, measures: bool) -> Any:
             kind, value = masks[i, 0], deltas[i]
             if kind == DROP:
                 continue
-            here = _delta(addresses[i + 1], forms[i + 1], offset, is_delta[i], n, base, value, keys)
-            top = max(top, here)
+            address, form, stored = addresses[i + 1], forms[i + 1], is_delta[i] != 0
+            if draws and masking and kind == CHANCE:
+                at = fill_words(streams[i], start, n, words)
+                here = _delta_by_chance(
+                    address, form, offset, stored, n, base, value, words[at:], masks[i, 7]
+                )
+                top = max(top, here)
+                continue
+            top = max(top, _delta(address, form, offset, stored, n, base, value, keys))
             if not masking:
                 continue
             if cuts and kind == CUT:
                 _cut(masks[i], start, n, keys, seen[i], value)
-            elif draws and kind == CHANCE:
-                at = fill_words(streams[i], start, n, words)
-                _take_chance(words[at:], masks[i, 7], n, value)
             elif ranks and kind == RANK:
                 at = fill_words(streams[i], start, n, words)
                 low, span, rescale = chances[i, 0], chances[i, 1], masks[i, 7] != 0
@@ -150,7 +179,7 @@ def masker(cuts: bool, draws: bool, ranks: bool, measures: bool) -> Any:
                     keys, n, low, span, rescale, words[at:], items[0], items[1], counts, value
                 )
         if measures and measure != MAGNITUDE and masking and masks[-1, 0] == CUT:
-            _measure(measure, deltas, n, start, row, factors, keys, s[:BLOCK], s[BLOCK:])
+            _measure(measure, deltas, n, start, row, factors, keys, s[:PITCH], s[PITCH:])
             for i in range(len(deltas)):
                 _cut(masks[-1], start, n, keys, seen[i], deltas[i])
         return top
@@ -181,43 +210,60 @@ def merger(masked: Any) -> Any:
             nonfinite |= top >= _INFINITY
             for begin in range(0, segment, BLOCK):
                 n = min(BLOCK, segment - begin)
-                for j in range(5 * BLOCK):
-                    s[j] = zero
+                _clear(n, consensus != NO_CONSENSUS, divide, s)
                 for i in range(len(deltas)):
                     if masks[i, 0] == DROP:
                         continue
-                    value = deltas[i][begin:]
-                    m = s.dtype.type(multipliers[i])
+                    value, m = deltas[i][begin:], s.dtype.type(multipliers[i])
                     if consensus == NO_CONSENSUS:
                         for j in range(n):
                             s[j] = s[j] + m * value[j]
                     else:
-                        v, d = s.dtype.type(votes[i]), s.dtype.type(divisors[i])
-                        _add_by_sign(value, n, m, v, d, consensus == COUNT, s)
+                        v = s.dtype.type(votes[i])
+                        _add_by_sign(value, n, m, v, consensus == COUNT, s)
+                        if divide:
+                            _add_divisors(value, n, m, s.dtype.type(divisors[i]), s)
                 if consensus != NO_CONSENSUS:
                     _elect(n, zero_is_positive, divide, factor, s)
                 old = base[begin:]
                 for j in range(n):
-                    s[5 * BLOCK + j] = old[j] if s[j] == zero else old[j] + s[j]
-                nonfinite |= store(s[5 * BLOCK :], addresses[last], forms[last], first + begin, n)
+                    s[5 * PITCH + j] = old[j] if s[j] == zero else old[j] + s[j]
+                nonfinite |= store(s[5 * PITCH :], addresses[last], forms[last], first + begin, n)
         return nonfinite
 
     return merge
 
 
 @loop
-def _add_by_sign(value, n, m, v, d, by_count, s):
-    """Add a source's votes, its terms by sign, and its divisor where it has that sign."""
+def _clear(n, elects, divides, s):
+    """Zero the sums that will be used."""
+    zero = s.dtype.type(0)
+    for part in range(5 if divides else 3 if elects else 1):
+        for j in range(n):
+            s[part * PITCH + j] = zero
+
+
+@loop
+def _add_by_sign(value, n, m, v, by_count, s):
+    """Add a source's votes, and its terms by sign."""
     zero, one = s.dtype.type(0), s.dtype.type(1)
     for j in range(n):
         x = m * value[j]
         plus, minus = x > zero, x < zero
         sign = (one if plus else zero) - (one if minus else zero)
         s[j] = s[j] + (sign if by_count else v * value[j])
-        s[BLOCK + j] = s[BLOCK + j] + (x if plus else zero)
-        s[2 * BLOCK + j] = s[2 * BLOCK + j] + (x if minus else zero)
-        s[3 * BLOCK + j] = s[3 * BLOCK + j] + (d if plus else zero)
-        s[4 * BLOCK + j] = s[4 * BLOCK + j] + (d if minus else zero)
+        s[PITCH + j] = s[PITCH + j] + (x if plus else zero)
+        s[2 * PITCH + j] = s[2 * PITCH + j] + (x if minus else zero)
+
+
+@loop
+def _add_divisors(value, n, m, d, s):
+    """Add a source's divisor where its term has a sign, by that sign."""
+    zero = s.dtype.type(0)
+    for j in range(n):
+        x = m * value[j]
+        s[3 * PITCH + j] = s[3 * PITCH + j] + (d if x > zero else zero)
+        s[4 * PITCH + j] = s[4 * PITCH + j] + (d if x < zero else zero)
 
 
 @loop
@@ -233,16 +279,16 @@ def _elect(n, zero_is_positive, divide, factor, s):
             s[j] = one if vote >= zero else vote
     if divide:
         for j in range(n):
-            vote, positive, negative = s[j], s[3 * BLOCK + j], s[4 * BLOCK + j]
+            vote, positive, negative = s[j], s[3 * PITCH + j], s[4 * PITCH + j]
             divisor = positive if vote > zero else negative
-            s[3 * BLOCK + j] = one if divisor == zero else divisor
+            s[3 * PITCH + j] = one if divisor == zero else divisor
     for j in range(n):
-        vote, positive, negative = s[j], s[BLOCK + j], s[2 * BLOCK + j]
+        vote, positive, negative = s[j], s[PITCH + j], s[2 * PITCH + j]
         terms = positive if vote > zero else negative
         s[j] = zero if vote == zero else terms
     if divide:
         for j in range(n):
-            s[j] = s[j] / s[3 * BLOCK + j]
+            s[j] = s[j] / s[3 * PITCH + j]
     for j in range(n):
         s[j] = s[j] * factor
 
@@ -330,7 +376,7 @@ def counter(measures: bool) -> Any:
                         keys,
                     )
                 _measure(
-                    measure, deltas, n, start + first, row, factors, keys, s[:BLOCK], s[BLOCK:]
+                    measure, deltas, n, start + first, row, factors, keys, s[:PITCH], s[PITCH:]
                 )
             for stream in range(streams):
                 ready = measures and measure != MAGNITUDE

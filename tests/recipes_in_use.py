@@ -78,6 +78,8 @@ RECIPES = {
         """,
     "ties, gradients and filters": """
         models:
+          - model: M/base
+            # no parameters necessary for base model
           - model: M/a
             parameters:
               density: [1, 0.7, 0.1]

@@ -131,7 +131,7 @@ class _Sparse(Method):
         sums = parts * n * 24 if self._rescales_by_norm(recipe.settings) else 0
         if self.by_rank:
             # Work dtype: at most fp64. Rows of base, deltas, keys, words, two rows of items.
-            return Memory(sums, row * (8 * n + 32) + 8 * BINS)
+            return Memory(sums, row * (8 * n + 32) + 16 * BINS)
         cut_count = {"top": n, "outliers": 2 * n}.get(self.mask, 0)
         return Memory(
             sums + cut_count * parts * 8, max(n * HIGH, cut_count * LOW) * 8 if cut_count else 0

@@ -82,7 +82,10 @@ class _Count:
 
     def finish(self, accumulators: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Totals of bins, and counts of each granule."""
-        return np.asarray(np.sum(accumulators, 0, dtype=np.int64)), self.equal
+        total, *others = accumulators
+        for other in others:
+            total += other
+        return total, self.equal
 
 
 Sought = Callable[[dict[int, np.ndarray]], list[tuple[int, int]]]
@@ -137,6 +140,13 @@ def cuts(
 
 def _last(bins: np.ndarray, m: int) -> tuple[int, int]:
     """The bin that holds the m-th largest, and how many of it are among the first m."""
+    groups = bins.reshape(-1, 256)
+    group, rest = _last_of_few(groups.sum(1), m)
+    k, rest = _last_of_few(groups[group], rest)
+    return 256 * group + k, rest
+
+
+def _last_of_few(bins: np.ndarray, m: int) -> tuple[int, int]:
     from_above = np.cumsum(bins[::-1])
     k = int(np.searchsorted(from_above, m))
     return len(bins) - 1 - k, m - (int(from_above[k - 1]) if k else 0)

@@ -15,6 +15,7 @@ from optimer_engine.mergekit.settings import SIGNATURES
 from optimer_engine.methods import registry
 from optimer_engine.methods.protocol import Method, Parameter
 from optimer_engine.types import DType
+from tests import recipes_in_use
 
 LAYERS = {"base": 8, "a": 8, "b": 8, "c": 8, "long": 12}
 
@@ -55,30 +56,7 @@ RECIPES = {
         parameters: {lambda: 0.8}
         dtype: bfloat16
         """,
-    "ties": """
-        models:
-          - model: M/base
-            # no parameters necessary for base model
-          - model: M/a
-            parameters:
-              density: [1, 0.7, 0.1]
-              weight: 1.0
-          - model: M/b
-            parameters:
-              density: 0.5
-              weight: [0, 0.3, 0.7, 1]
-          - model: M/c
-            parameters:
-              density: 0.33
-              weight:
-                - filter: mlp
-                  value: 0.5
-                - value: 0
-        merge_method: ties
-        base_model: M/base
-        parameters: {normalize: true, int8_mask: true}
-        dtype: float16
-        """,
+    "ties": recipes_in_use.RECIPES["ties, gradients and filters"],
     "slerp": """
         slices:
           - sources:
