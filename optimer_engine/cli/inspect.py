@@ -36,14 +36,16 @@ def command(
 ) -> None:
     """Say what is in FOLDERS, and how the vectors of a pool lie to each other.
 
-    One folder: kind, shapes, dtypes, sizes, fingerprint, at once. Several, or one with its base or
-    a vector: also norms, cosines and unchanged parameters, by layer and module type, in one pass
-    over the files; and warnings about what is probably not as meant.
+    A folder that is a pool stands for all its vectors. One folder: kind, shapes, dtypes, sizes,
+    fingerprint, at once. Several, or one with its base or a vector: also norms, cosines and
+    unchanged parameters, by layer and module type, in one pass over the files; and warnings about
+    what is probably not as meant.
 
     \b
     Examples:
       optimer inspect runs/ja/vector
       optimer inspect vectors/* --base org/base --plot pool.png
+      optimer inspect pool --base org/base
       optimer inspect runs/ja/checkpoint-* --base org/base --trajectory
     """
     from optimer_engine.checkpoint import Checkpoint
@@ -53,7 +55,8 @@ def command(
     if headers and (rank or trajectory or plot):
         raise RecipeError("--headers reads no weights", where="--headers", todo="leave it out")
     with ExitStack() as stack:
-        opened = [stack.enter_context(Checkpoint.open(locate(folder))) for folder in folders]
+        places = [place for folder in folders for place in _vectors(folder)]
+        opened = [stack.enter_context(Checkpoint.open(locate(place))) for place in places]
         against = stack.enter_context(Checkpoint.open(locate(base))) if base else None
         result: dict[str, Any] = {"folders": [summarise(checkpoint) for checkpoint in opened]}
         if not as_json:
@@ -81,6 +84,20 @@ def command(
         click.echo("\n" + "\n".join(lines))
 
 
+def _vectors(folder: str) -> list[str]:
+    """The folder itself, or those of a pool's vectors."""
+    if not (Path(folder) / "pool.json").is_file():
+        return [folder]
+    from optimer_engine.pool import read
+
+    entries = read(folder).vectors
+    if not entries:
+        raise RecipeError(
+            "is a pool with no vectors in it", where=folder, todo="put one in: optimer pool add"
+        )
+    return [str(Path(folder) / entry.name) for entry in entries]
+
+
 def _measure(
     opened: list[Checkpoint],
     against: Checkpoint | None,
@@ -105,7 +122,7 @@ def _measure(
             progress=lambda done: bar.update(done) and None,
         )
     data = as_data(measured)
-    data["warnings"] = findings.warnings(measured, opened, against)
+    data["warnings"] = findings.warnings(measured, opened, against, one_path=trajectory)
     if trajectory:
         data["trajectory"] = findings.trajectory(measured)
     if rank:

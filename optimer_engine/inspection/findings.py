@@ -21,9 +21,17 @@ KIN_COSINE = 0.95
 
 
 def warnings(
-    measured: Measured, folders: Sequence[Checkpoint], base: Checkpoint | None
+    measured: Measured,
+    folders: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    *,
+    one_path: bool = False,
 ) -> list[str]:
-    """One line for each thing that is probably not as meant."""
+    """One line for each thing that is probably not as meant.
+
+    Args:
+        one_path: they are checkpoints of one run, which lie close to each other.
+    """
     found = [
         f"{name}: taken from the base {checkpoint.base_fingerprint[:16]}, the base given is"
         f" {base.fingerprint[:16]}"
@@ -51,7 +59,7 @@ def warnings(
         found += [
             f"{measured.names[a]} and {measured.names[b]} nearly coincide: cosine {close[a, b]:.5f}"
             for b in range(a + 1, measured.count)
-            if close[a, b] > COINCIDE
+            if close[a, b] > COINCIDE and not one_path
         ]
     return found
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from optimer_engine import extract
+from optimer_engine import extract, pool
 from optimer_engine.checkpoint import Checkpoint
 from optimer_engine.cli.inspect import command
-from optimer_engine.errors import MismatchError
+from optimer_engine.errors import MismatchError, RecipeError
 from optimer_engine.inspection.findings import trajectory, warnings
 from optimer_engine.inspection.measure import TILE_ELEMS, Measured, Pool, measure
 from optimer_engine.inspection.ranks import effective_ranks
@@ -245,3 +245,25 @@ def test_the_command_prints_tables_json_and_a_picture(tmp_path, folders):
     assert "give the base of the pool with --base" in alone.output
     headers = run(command, [*texts, "--headers", "--json"])
     assert [f["kind"] for f in json.loads(headers.stdout)["folders"]] == ["model"] * 3
+
+
+def test_a_pool_stands_for_its_vectors_and_a_path_may_lie_close(tmp_path, folders):
+    base, names, *_ = folders
+    run = CliRunner().invoke
+    for number, name in enumerate(names[:2]):
+        pack(base, name, tmp_path / f"v{number}")
+        pool.add(tmp_path / "pool", tmp_path / f"v{number}", f"n{number}", base=str(base))
+    shown = run(command, [str(tmp_path / "pool"), "--base", str(base), "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["names"] == ["n0", "n1"]
+    for number in range(2):
+        pool.remove(tmp_path / "pool", f"n{number}")
+    refused = run(command, [str(tmp_path / "pool"), "--base", str(base)])
+    assert isinstance(refused.exception, RecipeError) and "no vectors in it" in str(
+        refused.exception
+    )
+
+    path = ["--trajectory"]
+    twice = [str(names[0]), str(names[0]), "--base", str(base), "--json"]
+    warned = [json.loads(run(command, [*twice, *more]).stdout)["warnings"] for more in ([], path)]
+    assert "nearly coincide" in warned[0][0] and not warned[1]
