@@ -165,12 +165,13 @@ def test_equal_magnitudes_are_settled_by_the_lowest_index():
                     [{"weight": 1.0, "density": 0.7}], tile_elems=1)  # fmt: skip
         assert np.array_equal(got[:kept], signs[:kept] * np.float32(size))
         assert not got[kept:].any()
-        crumbs = merge("breadcrumbs", base, [signs * np.float32(size)], {},
-                       [{"weight": 1.0, "density": 0.5, "gamma": 0.2}])  # fmt: skip
-        assert np.flatnonzero(crumbs)[[0, -1]].tolist() == [
-            count - int(0.5 * count) - (count - int(0.5 * count) - int(0.2 * count)),
-            int(0.2 * count) + int(0.5 * count) - 1,
-        ]
+        for density in (0.5, 0.001):  # the two cuts far apart, and in one block
+            crumbs = merge("breadcrumbs", base, [signs * np.float32(size)], {},
+                           [{"weight": 1.0, "density": density, "gamma": 0.2}])  # fmt: skip
+            first = int(0.2 * count)
+            assert np.flatnonzero(crumbs)[[0, -1]].tolist() == [
+                first, first + int(density * count) - 1
+            ]  # fmt: skip
 
 
 def test_weights_of_both_signs_do_not_explode():
