@@ -46,6 +46,7 @@ def draw(data: dict[str, Any], out: Path) -> None:
         heights = [group[key][number] for group in layers.values()]
         lines.plot([int(layer) for layer in layers], heights, marker=".", label=name)
     lines.set_xlabel("layer")
+    lines.xaxis.get_major_locator().set_params(integer=True)
     lines.set_ylabel("norm / base's norm" if relative else "norm")
     lines.set_ylim(0, 1.1 * max(lines.get_ylim()[1], 0.0))
     if layers:

@@ -94,7 +94,8 @@ def launch(launcher, config, out, **environment):
     script = out.with_name("launch.py")
     script.write_text(LAUNCH)
     command = [sys.executable, *launcher, str(script), msgspec.json.encode(config).decode(), out]
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [str(part) for part in command], env=os.environ | settings | environment,
         capture_output=True, text=True, check=False,
@@ -160,7 +161,7 @@ def test_fsdp_that_the_trainer_would_leave_out_is_refused(config, tmp_path):
 
 
 def test_deepspeed_s_weights_are_taken_from_its_last_checkpoint(monkeypatch, tmp_path):
-    """DeepSpeed needs a compiler and accelerators; what is asked of it is held by a stand-in."""
+    """DeepSpeed is seldom installed; what is asked of it is held by a stand-in."""
     from optimer_engine.train.trainer import gathered_weights
 
     asked = []
@@ -195,3 +196,30 @@ def test_a_deepspeed_configuration_reaches_the_trainer(config, tmp_path):
         pytest.skip("deepspeed is not installed: that it is asked for is all that can be seen")
     arguments = training_arguments(chosen, tmp_path / "run")
     assert arguments.hf_deepspeed_config.is_zero3()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="pip install deepspeed; wants a compiler"
+)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_itself_shards_a_run_that_is_killed_and_continued(config, base, tmp_path, stage):
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero = {"zero_optimization": {"stage": stage}, **dict.fromkeys(auto, "auto")}
+    chosen = replaced(
+        config, training_arguments={"logging_steps": 1, "use_cpu": True, "deepspeed": zero}
+    )
+    cpu = {"DS_ACCELERATOR": "cpu"}
+    straight = launch(TORCHRUN, chosen, tmp_path / "straight", **cpu)
+    assert straight.returncode == 0, straight.stderr
+    killed = launch(TORCHRUN, chosen, tmp_path / "run", DIE_AT="5", **cpu)
+    assert killed.returncode != 0 and not (tmp_path / "run" / "train_report.json").exists()
+    again = launch(TORCHRUN, chosen, tmp_path / "run", **cpu)
+    assert again.returncode == 0, again.stderr
+    report = json.loads((tmp_path / "run" / "train_report.json").read_text())
+    assert (report["processes"], report["resumed_from"]) == (2, 3)
+    for name in ("model/model.safetensors", "vector/vector.safetensors"):
+        ends = [(tmp_path / run / name).read_bytes() for run in ("straight", "run")]
+        assert ends[0] == ends[1]
+    moved = flat(load_file(tmp_path / "run" / "vector" / "vector.safetensors"))
+    assert moved.isfinite().all() and moved.norm() > 0
