@@ -42,5 +42,6 @@ def command(run: Path, watch: bool, as_json: bool) -> None:
         while watch:
             time.sleep(REFRESH_S)
             write_page(run, refresh_s=REFRESH_S)
-    except KeyboardInterrupt:
-        write_page(run)
+    finally:  # of --watch, by a signal: what stays open shall not load itself again for ever
+        if watch:
+            write_page(run)

@@ -14,6 +14,7 @@ import pytest
 
 from optimer_engine.errors import MismatchError, OptimerError, OutputError, RecipeError
 from optimer_engine.search import Score, SearchConfig, Term, Vector, run_search
+from optimer_engine.search.adviser import propose
 from optimer_engine.search.surrogate import GaussianProcess
 from optimer_engine.search.trials import Journal
 
@@ -311,6 +312,22 @@ def test_the_surrogate_interpolates_and_knows_where_it_is_ignorant() -> None:
 
 def terms(**weights: float) -> list[Term]:
     return [Term(name, weight=weight) for name, weight in weights.items()]
+
+
+def test_every_fourth_proposal_is_where_the_model_expects_the_least() -> None:
+    """The others lie around it, where it is less sure; only what is tried can be recommended."""
+    rng = np.random.default_rng(2)
+    points = rng.random((24, 3))
+    costs = ((points - 0.4) ** 2).sum(1) + 0.1 * rng.normal(size=24)
+    above, unsure = [], []
+    for n in range(16, 24):
+        model = GaussianProcess().fit(points[:n], costs[:n])
+        advised = propose(points[:n], costs[:n], seed=n, model=model)
+        mean, variance = model.predict(advised[None])
+        above.append(float(mean[0] - model.predict(rng.random((20_000, 3)))[0].min()))
+        unsure.append(float(variance[0]))
+    assert max(above[3], above[7]) < 1e-3
+    assert min(unsure[:3] + unsure[4:7]) > 2.0 * max(unsure[3], unsure[7])
 
 
 def test_cost_is_the_weighted_mean_of_signed_differences_to_the_base(tmp_path: Path) -> None:

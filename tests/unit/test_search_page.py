@@ -183,3 +183,22 @@ def test_the_page_is_light_or_dark_as_the_browser_is(run: Path) -> None:
         pixels = np.asarray(Image.open(picture).convert("L"), dtype=float)
         assert (np.median(pixels) > 200) == light
         assert pixels.std() > 5
+
+
+def test_a_watched_page_loads_itself_again_until_the_watching_ends(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optimer_engine.cli import report
+
+    reloads = []
+
+    def tick(seconds: float) -> None:
+        reloads.append("refresh" in (run / "report.html").read_text())
+        if len(reloads) == 2:
+            raise SystemExit(130)  # as the program's signals do
+
+    monkeypatch.setattr(report.time, "sleep", tick)
+    with pytest.raises(SystemExit):
+        report.command.main([str(run), "--watch"], standalone_mode=False)
+    assert reloads == [True, True]
+    assert "refresh" not in (run / "report.html").read_text()
