@@ -31,11 +31,15 @@ def reached(curves: list[Curve], regret: float) -> float:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Final regrets, what share of the rivals' examples reaches their quality, and re-use."""
+    """Final regrets, what share of the rivals' examples reaches their quality, and re-use.
+
+    Medians are over the seeds that every method has been run with.
+    """
     worlds = list(dict.fromkeys(r["world"] for r in rows))
 
-    def curves(world: str, method: str) -> list[Curve]:
+    def curves(world: str, method: str, seeds: set[int] | None = None) -> list[Curve]:
         chosen = [r for r in rows if (r["world"], r["method"]) == (world, method)]
+        chosen = [r for r in chosen if seeds is None or r["seed"] in seeds]
         return [[(e, g) for e, g in r["curve"]] for r in chosen]
 
     needed = ("optimer", "paper", "multivariate")
@@ -47,7 +51,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "|" + "---|" * (len(shown) + 5),
     ]
     for world in searched:
-        all_of = {m: curves(world, m) for m in shown}
+        ran = [{r["seed"] for r in rows if (r["world"], r["method"]) == (world, m)} for m in shown]
+        common = set.intersection(*ran)
+        all_of = {m: curves(world, m, common) for m in shown}
         final = {m: median_at(c, np.inf) for m, c in all_of.items()}
         spent, full = (np.median([c[-1][0] for c in all_of[m]]) for m in ("optimer", "paper"))
         shares = [reached(all_of["optimer"], final[m]) / full for m in ("paper", "multivariate")]
