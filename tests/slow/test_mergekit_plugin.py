@@ -89,9 +89,9 @@ def test_mergekits_program_calls_our_methods(theirs, models, method, of_sources,
         {"name": str(number), "model": folder, "weight": weight, "parameters": of_sources}
         for number, (folder, weight) in enumerate(weights.items())
     ]
-    merge(
-        {"base": base, "method": method, "parameters": of_all, "sources": sources}, models / "ours"
-    )
+    shared = {key: value for key, value in of_all.items() if key != "seed"}
+    recipe = {"base": base, "method": method, "parameters": shared, "sources": sources}
+    merge(recipe, models / "ours", seed=of_all.get("seed"))
     ours, found = (load_file(models / name / "model.safetensors") for name in ("ours", "out"))
     assert ours.keys() == found.keys()
     for name in ours:
