@@ -199,7 +199,7 @@ def _is_unicode(text: str) -> bool:
 
 def _entry(name: str, entry: Any, path: Path, file: int, data_start: int) -> TensorInfo:
     if len(name) > MAX_NAME_BYTES // 4 and len(name.encode()) > MAX_NAME_BYTES:
-        _refuse(path, f"{quoted(name)}: a tensor name of more than {MAX_NAME_BYTES} bytes")
+        _refuse(path, f"a tensor name of more than {MAX_NAME_BYTES} bytes")
     if isinstance(entry, _Entry):
         code, shape, offsets = entry.dtype, entry.shape, entry.data_offsets
     elif isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}:

@@ -151,10 +151,10 @@ def test_a_source_that_cannot_be_read_for_a_while_costs_nothing(make_case, monke
     read, write, written = os.preadv, Stepwise.write_run, itertools.count()
     source, failing = (case.sources[1] / "model.safetensors").stat().st_ino, False
 
-    def fails(fd, buffers, offset):
+    def fails(fd, buffers, offset, flags=0):
         if failing and os.fstat(fd).st_ino == source:
             raise OSError(errno.EIO, "Input/output error")
-        return read(fd, buffers, offset)
+        return read(fd, buffers, offset, flags)
 
     def then_fails(sink, run, start, tile):
         nonlocal failing

@@ -143,6 +143,8 @@ import os, signal, sys, threading
 import optimer_engine.shard_file as shard_file
 from optimer_engine import FolderSink
 from optimer_engine.cli import main
+if "{name}" != "SIGKILL":  # a background job inherits that it is ignored, and main leaves it so
+    signal.signal(signal.{name}, signal.SIG_DFL)
 write, written = FolderSink.write_run, 0
 def signalled(self, run, start, tile):
     global written
