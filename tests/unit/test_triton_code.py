@@ -56,7 +56,7 @@ def test_merges_keep_128_bit_accesses_and_do_not_spill(kernel, target):
     assert (code.loads, code.stores) == ({128: 5}, {128: 1})
     assert_sound(code)
     assert code.scalar_spills == 0
-    assert code.registers <= 64
+    assert code.registers <= (80 if target == "gfx942" else 64)  # where seven waves still fit
 
 
 @pytest.mark.parametrize(
