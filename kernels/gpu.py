@@ -5,8 +5,8 @@ Two ways to hand over tensors:
 * `linear`, one tensor at a time, by arguments, which the hardware reads from its constant bank: no
   table to upload, so it suits large tensors and tiles that stream through a ring of buffers.
 * `Batch`, thousands of tensors of any sizes at once, from a table of addresses in device memory, in
-  one launch of as many programs as the GPU holds at once. Built once, it is launched again and
-  again with other weights, which is what a search does.
+  one launch. Built once, it is launched again and again with other weights, which is what a search
+  does.
 
 A launch of its own for every norm and bias would cost far more than the merge of their few
 kilobytes.
@@ -30,10 +30,12 @@ from .triton_launch import (
     mask_of_models,
     on_device,
     packed_weights,
-    resident_programs,
     with_nulls,
 )
 from .triton_linear import batch_kernel, linear_kernel
+
+BATCH_WARPS = 2
+"""Of a program of `Batch`: its blocks are small, so that little of a norm is a ragged end."""
 
 
 def linear(
@@ -122,9 +124,9 @@ class Batch:
         self.groups = [self._group(key, rows) for key, rows in alike.items()]
 
     def _group(self, key: tuple, rows: list[list[int]]) -> tuple:
-        """(table, owners, blocks, compile-time arguments) of tensors that one launch can take."""
+        """(table, owners, compile-time arguments) of tensors that one launch can take."""
         aligned, base, out, *sources = key
-        constants = form(base, out, sources)
+        constants = form(base, out, sources, BATCH_WARPS)
         lengths = torch.tensor([triton.cdiv(row[0], constants["BLOCK"]) for row in rows])
         firsts = lengths.cumsum(0) - lengths
         table = torch.tensor(rows)
@@ -133,7 +135,7 @@ class Batch:
         device = self.tensors[0][0].device
         constants["SIZES"] = tuple(ITEM_BYTES[code] for code in constants["CODES"])
         constants |= {"ALIGNED": aligned, "ADD_BASE": self.add_base}
-        return table.to(device), owners.to(device), len(owners), constants
+        return table.to(device), owners.to(device), constants
 
     def merge(self, weights: Sequence[float], flag: torch.Tensor | None = None) -> torch.Tensor:
         """Merge all of them with these weights; `flag` and what is returned are as in `linear`.
@@ -143,13 +145,13 @@ class Batch:
         """
         bases, count = self.tensors[0], len(self.is_delta)
         flag = flag_on(bases[0].device if bases else "cpu") if flag is None else flag
-        for table, owners, blocks, constants in self.groups:
+        for table, owners, constants in self.groups:
             places = len(constants["CODES"]) - 2
             with on_device(table):
-                batch_kernel[(min(blocks, resident_programs(table)),)](
-                    table, owners, blocks,
+                batch_kernel[(len(owners),)](
+                    table, owners,
                     packed_weights(weights, count, places, constants["WIDE"]),
                     mask_of_models(self.is_delta), count, flag,
-                    **constants, **OPTIONS,
+                    **constants, **OPTIONS | {"num_warps": BATCH_WARPS},
                 )  # fmt: skip
         return flag

@@ -60,11 +60,11 @@ def held(codes: Sequence[int], wide: bool) -> int:
     return elems
 
 
-def form(base: int, out: int, sources: Sequence[int]) -> dict[str, Any]:
-    """The compile-time arguments that follow from the dtype codes."""
+def form(base: int, out: int, sources: Sequence[int], warps: int = NUM_WARPS) -> dict[str, Any]:
+    """The compile-time arguments that follow from the dtype codes and the warps of a program."""
     wide = accumulates_in_fp64(base, list(sources), out)
     elems = held((base, out, *sources), wide)
-    block = NUM_WARPS * warp_threads() * elems
+    block = warps * warp_threads() * elems
     return {"CODES": (base, out, *sources), "WIDE": wide, "BLOCK": block, "HELD": elems}
 
 
@@ -116,13 +116,6 @@ def fixed_block() -> dict[str, Any]:
     """OPTIONS with as many threads on every GPU, for blocks that are no larger on AMD's: where a
     thread held less its accesses would be narrower."""
     return OPTIONS | {"num_warps": NUM_WARPS * 32 // warp_threads()}
-
-
-def resident_programs(tensor: torch.Tensor) -> int:
-    """Programs that the tensor's GPU runs at once: 2048 threads on each multiprocessor."""
-    if not tensor.is_cuda:
-        return 3
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count * 8
 
 
 _LAUNCHING = threading.Lock()

@@ -111,24 +111,27 @@ def _pointer(entry, BYTES: tl.constexpr, ALIGNED: tl.constexpr):
     return pointer
 
 
-@triton.jit(do_not_specialize=["blocks", "thetas", "count"])
+@triton.jit(do_not_specialize=["thetas", "count"])
 def batch_kernel(
-    table, owners, blocks: tl.int32, weights, thetas: tl.uint64, count: tl.int32, flag,
+    table, owners, weights, thetas: tl.uint64, count: tl.int32, flag,
     SIZES: tl.constexpr, ALIGNED: tl.constexpr, CODES: tl.constexpr, WIDE: tl.constexpr,
     ADD_BASE: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of many tensors, dealt to the programs in turn.
+    """One block of one of many tensors per program.
 
     owners[b]: the table row of block b. A row: elements, number of the tensor's first block,
     addresses of base, output and sources; all int64. SIZES: bytes of their elements.
+
+    A resident grid of programs that take blocks in turn is slower (on an H100 91 instead of 95 % of
+    a copy): the next block's addresses are not asked for before the last one is stored.
     """
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        row = table + tl.load(owners + block).to(tl.int64) * (2 + len(CODES))
-        elems = tl.load(row)
-        start = (block - tl.load(row + 1)) * BLOCK
-        base, out = _pointer(row + 2, SIZES[0], ALIGNED), _pointer(row + 3, SIZES[1], ALIGNED)
-        sources = ()
-        for i in tl.static_range(len(CODES) - 2):
-            sources += (_pointer(row + 4 + i, SIZES[2 + i], ALIGNED),)  # type: ignore[assignment]
-        operands, terms = (base, out, sources), (weights, thetas, count)
-        _merge_block(operands, terms, flag, start, elems, CODES, WIDE, ADD_BASE, BLOCK, HELD)
+    block = tl.program_id(0)
+    row = table + tl.load(owners + block).to(tl.int64) * (2 + len(CODES))
+    elems = tl.load(row)
+    start = (block - tl.load(row + 1)) * BLOCK
+    base, out = _pointer(row + 2, SIZES[0], ALIGNED), _pointer(row + 3, SIZES[1], ALIGNED)
+    sources = ()
+    for i in tl.static_range(len(CODES) - 2):
+        sources += (_pointer(row + 4 + i, SIZES[2 + i], ALIGNED),)  # type: ignore[assignment]
+    operands, terms = (base, out, sources), (weights, thetas, count)
+    _merge_block(operands, terms, flag, start, elems, CODES, WIDE, ADD_BASE, BLOCK, HELD)
