@@ -103,10 +103,10 @@ def gpu_kernels(
     except bench.GateError as error:
         click.echo(str(error), err=True)
         sys.exit(1)
+    click.echo(text + "\n")
     encoded = msgspec.json.encode(record)
     if out is not None:
         out.write_bytes(msgspec.json.format(encoded, indent=1) + b"\n")
-    click.echo(text + "\n")
     click.echo(encoded.decode())
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 GATE_ELEMS = 200_003
 """Of the operands that are checked: whole blocks and a ragged end."""
+
+
+WARM_UP_S = 0.05
+"""Of launches before those that count: an idle GPU takes some milliseconds to its full clocks."""
 
 
 class Speed(msgspec.Struct):
@@ -92,11 +97,13 @@ Timer = Callable[[Callable[[], Any], int], list[float]]
 
 
 def by_events(launch: Callable[[], Any], rounds: int) -> list[float]:
-    """Seconds of each of `rounds` launches by the GPU's clock, after some that warm up."""
+    """Seconds of each of `rounds` launches by the GPU's clock, once its clocks are up."""
     import torch
 
-    for _ in range(3):
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < WARM_UP_S:
         launch()
+        torch.cuda.synchronize()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds)]
     for begin, end in zip(marks[::2], marks[1::2], strict=True):
         begin.record()
@@ -139,15 +146,21 @@ def copy_ceiling(device: str, size_bytes: int, timer: Timer, rounds: int) -> flo
 def speeds(
     case: Case, device: str, elems: int, ceiling: float, timer: Timer, rounds: int, rivals: bool
 ) -> list[Speed]:
-    """A case at one size, and its rivals where it has any."""
+    """A case at one size, and its rivals where it has any and the GPU's memory holds them."""
+    import torch
+
     from benchmarks.gpu_rivals import RIVALS
 
     prepared = case.make(device, elems)
     found = [_speed(case, case.kernel, prepared, timer(prepared.launch, rounds), ceiling)]
     if rivals and prepared.operands is not None and case.kernel == "linear":
         for name, make in RIVALS.items():
-            launch = make(*prepared.operands)
-            found.append(_speed(case, name, prepared, timer(launch, rounds), ceiling))
+            try:
+                seconds = timer(make(*prepared.operands), rounds)
+            except torch.OutOfMemoryError:
+                print(f"{name}, {case.sources} sources: out of memory", file=sys.stderr)
+                continue
+            found.append(_speed(case, name, prepared, seconds, ceiling))
     return found
 
 
@@ -219,7 +232,7 @@ def run(
     verdicts = targets(found, bus.copies_s / bus.pipeline_s)
     lines = [table(found, ceiling), "", bus.text(), "", *(target.text() for target in verdicts)]
     record = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "checked": checked,
+        "device": torch.cuda.get_device_name(), "torch": str(torch.__version__), "checked": checked,
         "copy_gb_per_s": ceiling, "pipeline": msgspec.to_builtins(bus),
         "speeds": msgspec.to_builtins(found),
         "targets": [msgspec.to_builtins(target) | {"met": target.met} for target in verdicts],
