@@ -55,12 +55,11 @@ class Landscape:
         self.points = points_of(told)
         self.observed = seen = observe(self.points, goal, shares)
         self.unit = np.array([space.to_unit(p.weights) for p in self.points])
-        theta = None if like is None else like.model.theta
-        self.model: Any = GaussianProcess().fit(self.unit, seen.costs, seen.variances, theta=theta)
+        self.model: Any = GaussianProcess().fit(
+            self.unit, seen.costs, seen.variances, like=None if like is None else like.model
+        )
         self.limits: list[Any] = [
-            GaussianProcess().fit(
-                self.unit, *pair, theta=None if like is None else like.limits[i].theta
-            )
+            GaussianProcess().fit(self.unit, *pair, like=None if like is None else like.limits[i])
             for i, pair in enumerate(seen.limits)
         ]
         self.mean, self.variance = self.model.predict(self.unit)
