@@ -30,6 +30,9 @@ WARM_UP_S = 0.05
 """Of launches before those that count: an idle GPU takes some milliseconds to its full clocks."""
 
 
+HEAD_START_CYCLES = 20_000_000
+
+
 class Speed(msgspec.Struct):
     """One kernel, or rival, at one size.
 
@@ -104,6 +107,7 @@ def by_events(launch: Callable[[], Any], rounds: int) -> list[float]:
     while time.perf_counter() - begun < WARM_UP_S:
         launch()
         torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START_CYCLES)  # so that no launch waits for the program that makes it
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds)]
     for begin, end in zip(marks[::2], marks[1::2], strict=True):
         begin.record()

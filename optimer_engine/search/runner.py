@@ -210,5 +210,5 @@ def _require_smac() -> None:
         import smac  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
-            "SMAC is not installed", todo="pip install 'optimer-engine[search]'"
+            f"SMAC is not there: {error}", todo="pip install 'optimer-engine[search]'"
         ) from error

@@ -74,7 +74,7 @@ class TaskObjective:
                 from lm_eval.tasks import TaskManager
             except ImportError as error:
                 raise MissingExtraError(
-                    "lm-eval is not installed", todo="pip install 'optimer-engine[eval]'"
+                    f"lm-eval is not there: {error}", todo="pip install 'optimer-engine[eval]'"
                 ) from error
             manager = TaskManager(
                 include_path=folders or None,
