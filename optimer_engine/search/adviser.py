@@ -34,9 +34,6 @@ from optimer_engine.search.surrogate import GaussianProcess
 
 OPTIMISM = 2.0
 """Standard deviations of the confidence bound by which proposals are chosen."""
-MEAN_EVERY = 4
-"""Of so many proposals one is chosen by the mean alone: where the model's optimum is by now. Those
-by the bound lie around it, and only a point that was tried can be recommended."""
 CLOUD_POINTS = 2048
 ROUNDS = 5
 SEEDS_PER_ROUND = 8
@@ -51,6 +48,7 @@ def propose(
     model: GaussianProcess | None = None,
     limits: Sequence[GaussianProcess] = (),
     running: np.ndarray | None = None,
+    by_mean: bool = False,
 ) -> np.ndarray:
     """The point to try next.
 
@@ -66,6 +64,8 @@ def propose(
             will cost what they expect of it (the "kriging believer" of Ginsbourger, Le Riche and
             Carraro, "Kriging is well-suited to parallelize optimization", 2010), so that the next
             proposal goes where there is still something to learn.
+        by_mean: propose where the model's optimum is by now. What may improve most lies around it,
+            and only a point that was tried can be recommended.
 
     Returns:
         A point of the unit cube, float64 [d].
@@ -78,7 +78,6 @@ def propose(
         limits = [limit.believing(running) for limit in limits]
     space = ConfigurationSpace(seed=seed)
     names = [f"w{i:04d}" for i in range(points.shape[1])]  # sorts as it counts
-    by_mean = (len(points) + len(running)) % MEAN_EVERY == MEAN_EVERY - 1
     space.add([Float(name, (0.0, 1.0)) for name in names])
     logging.getLogger("smac").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="optimer-smac-") as folder, warnings.catch_warnings():

@@ -25,6 +25,9 @@ from optimer_engine.search.space import Space
 from optimer_engine.search.trials import CONFIRM, REUSED, Asked, Told
 
 NEGLIGIBLE = 0.005
+MEAN_EVERY = 4
+"""Of so many proposals one is where the model's optimum is by now. After trials that were reused it
+is the first one, as the model has much to go on."""
 
 Start = Callable[[], dict[str, float]]
 Trial = TypeVar("Trial", Asked, Told)
@@ -77,8 +80,16 @@ def proposal(
         running=np.array(
             [space.to_unit(t.weights) for t in without_confirmations(running)]
         ).reshape(-1, len(space.low)),
+        by_mean=_by_mean(landscape, running),
     )  # fmt: skip
     return asked("smac", space.to_weights(advised), landscape.expected_gain(advised))
+
+
+def _by_mean(landscape: Landscape, running: Sequence[Asked]) -> bool:
+    """Whether the next proposal is one of those that `MEAN_EVERY` counts."""
+    reused = sum(point.origin.startswith(REUSED) for point in landscape.points)
+    new = len(landscape.points) - reused + len(without_confirmations(running))
+    return new % MEAN_EVERY == (0 if reused else MEAN_EVERY - 1)
 
 
 def first_points(

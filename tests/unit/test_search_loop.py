@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -314,20 +315,39 @@ def terms(**weights: float) -> list[Term]:
     return [Term(name, weight=weight) for name, weight in weights.items()]
 
 
-def test_every_fourth_proposal_is_where_the_model_expects_the_least() -> None:
+def test_a_proposal_by_the_mean_is_where_the_model_expects_the_least() -> None:
     """The others lie around it, where it is less sure; only what is tried can be recommended."""
     rng = np.random.default_rng(2)
     points = rng.random((24, 3))
     costs = ((points - 0.4) ** 2).sum(1) + 0.1 * rng.normal(size=24)
-    above, unsure = [], []
-    for n in range(16, 24):
-        model = GaussianProcess().fit(points[:n], costs[:n])
-        advised = propose(points[:n], costs[:n], seed=n, model=model)
-        mean, variance = model.predict(advised[None])
-        above.append(float(mean[0] - model.predict(rng.random((20_000, 3)))[0].min()))
-        unsure.append(float(variance[0]))
-    assert max(above[3], above[7]) < 1e-3
-    assert min(unsure[:3] + unsure[4:7]) > 1.5 * max(unsure[3], unsure[7])
+    model = GaussianProcess().fit(points, costs)
+    least = model.predict(rng.random((20_000, 3)))[0].min()
+    for seed in range(3):
+        surest, other = (
+            model.predict(propose(points, costs, seed=seed, model=model, by_mean=by_mean)[None])
+            for by_mean in (True, False)
+        )
+        assert surest[0][0] < least + 1e-3
+        assert other[1][0] > 1.5 * surest[1][0]
+
+
+def test_every_fourth_proposal_is_by_the_mean_and_the_first_after_a_reuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[bool] = []
+
+    def noting(*arguments: Any, by_mean: bool, **options: Any) -> np.ndarray:
+        kinds.append(by_mean)
+        return propose(*arguments, by_mean=by_mean, **options)
+
+    monkeypatch.setattr("optimer_engine.search.adviser.propose", noting)
+    both = config(16, objective=terms(text=3.0, sums=1.0), patience=0)
+    run_search(both, tmp_path / "a", evaluate=two_terms)
+    assert kinds == [number % 4 == 3 for number in range(16 - len(kinds), 16)]
+    kinds.clear()
+    other = config(6, objective=terms(text=1.0, sums=4.0), patience=0)
+    run_search(other, tmp_path / "b", evaluate=two_terms, reuse=tmp_path / "a")
+    assert kinds == [True, False, False, False, True, False]
 
 
 def test_cost_is_the_weighted_mean_of_signed_differences_to_the_base(tmp_path: Path) -> None:
