@@ -239,7 +239,7 @@ def test_trials_under_way_keep_the_next_proposals_away(tmp_path: Path) -> None:
     """Six proposals that know of each other lie apart; six that do not crowd in one place."""
     rng = np.random.default_rng(1)
     points = rng.random((20, 3))
-    costs = ((points - 0.4) ** 2).sum(1) + 0.01 * rng.normal(size=20)
+    costs = ((points - 0.4) ** 2).sum(1) + 0.05 * rng.normal(size=20)
     model = GaussianProcess().fit(points, costs)
 
     def six(told: bool) -> float:
