@@ -87,9 +87,14 @@ def make_folder(path: Path) -> None:
     """A folder, with those above it, each name on the disk before the next is made in it."""
     if not path.parent.exists():
         make_folder(path.parent)
-    if not path.is_dir():
+    if path.is_dir():
+        return
+    try:
         os.mkdir(path)  # noqa: PTH102
-        sync(path.parent)
+    except FileExistsError:
+        if not path.is_dir():  # else another run, of another part say, was faster
+            raise
+    sync(path.parent)
 
 
 def rename(old: Path, new: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
 import torch
 
-from optimer_engine import FolderSink, OptimerError, merge, plan, verify_output
+from optimer_engine import FolderSink, OptimerError, durable, merge, plan, verify_output
 from optimer_engine.errors import OutputError
 from optimer_engine.recipe import Recipe
 from tests.conftest import nearby, random_tensors
@@ -61,6 +62,21 @@ def test_parts_at_the_same_time(recipe, tmp_path):
     if not out.exists():  # each saw another still at work: the same command publishes
         merge(recipe, out, part=(1, 4))
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_folder_that_another_part_made_a_moment_ago_is_used(tmp_path, monkeypatch):
+    made = os.mkdir
+
+    def made_by_both(path):
+        made(path)
+        made(path)
+
+    monkeypatch.setattr(os, "mkdir", made_by_both)
+    durable.make_folder(tmp_path / "out" / "partial")
+    assert (tmp_path / "out" / "partial").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        durable.make_folder(tmp_path / "file")
 
 
 def test_a_part_that_failed_is_done_again_and_leaves_the_others_alone(recipe, tmp_path):

@@ -49,6 +49,12 @@ def assert_sound(code, most_spills=0):
             assert code.fused_multiply_adds == 0, what
 
 
+def most_spills(code):
+    """Triton 3.9's assembler spills nothing; 3.7's gives some registers of merges of many sources
+    for a second block on a processor."""
+    return 12 if code.sources >= 4 else 0
+
+
 @pytest.mark.parametrize("kernel", ["linear", "batch"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_merges_keep_128_bit_accesses_and_do_not_spill(kernel, target):
@@ -88,9 +94,7 @@ def test_every_kernel_compiles_for_every_target():
     for each in cases():
         for target in TARGETS:
             for code in measure(each, target):
-                # Triton 3.9's assembler spills nothing; 3.7's gives up to 12 registers of merges of
-                # many sources for a second block on a processor.
-                assert_sound(code, most_spills=12 if each.sources >= 4 else 0)
+                assert_sound(code, most_spills(code))
 
 
 def test_other_weights_lengths_and_counts_compile_nothing_anew():
@@ -124,7 +128,7 @@ def test_the_committed_report_shows_what_is_promised():
     wanted = {(c.kernel, c.dtypes, c.sources, target) for c in cases() for target in TARGETS}
     assert {(c.kernel, c.dtypes, c.sources, c.target) for c in codes} == wanted
     for code in codes:
-        assert_sound(code)
+        assert_sound(code, most_spills(code))
         merges = code.kernel in ("linear", "batch") and code.dtypes == "bf16"
         if merges and (code.sources <= 16 or code.target != "gfx942"):
             assert code.bulk, code
