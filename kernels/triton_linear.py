@@ -122,8 +122,8 @@ def batch_kernel(
     owners[b]: the table row of block b. A row: elements, number of the tensor's first block,
     addresses of base, output and sources; all int64. SIZES: bytes of their elements.
 
-    A resident grid of programs that take blocks in turn is slower (on an H100 91 instead of 95 % of
-    a copy): the next block's addresses are not asked for before the last one is stored.
+    A resident grid of programs that take blocks in turn is slower on an H100: the next block's
+    addresses are not asked for before the last one is stored.
     """
     block = tl.program_id(0)
     row = table + tl.load(owners + block).to(tl.int64) * (2 + len(CODES))
