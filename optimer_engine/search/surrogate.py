@@ -99,16 +99,17 @@ class GaussianProcess:
         self.shape: np.ndarray = self._bowl.fit(
             self._x, standard, np.sqrt(self._known + MISFIT), None if like is None else like.shape
         )
-        self._y = standard - self._expected(self._x)
-        self._measure()
+        slopes = self._bowl.slopes(self.shape, self._x)
+        self._y = standard - self._expected(self._x, slopes)
+        self._measure(slopes)
         self.theta: np.ndarray = self._most_probable() if like is None else like.theta
         self._solve()
         return self
 
-    def _measure(self) -> None:
+    def _measure(self, slopes: np.ndarray) -> None:
         """What the covariance needs whatever the hyperparameters are."""
         self._squares = (self._x[:, None, :] - self._x[None, :, :]) ** 2
-        self._features = self._bowl.slopes(self.shape, self._x) * self._bowl.sd
+        self._features = slopes * self._bowl.sd
         self._trend = self._features @ self._features.T
 
     def _solve(self) -> None:
@@ -116,10 +117,9 @@ class GaussianProcess:
         self._chol = cholesky(k, lower=True)
         self._alpha = cho_solve((self._chol, True), self._y)
 
-    def _expected(self, points: np.ndarray) -> np.ndarray:
-        """Of the linearised bowl, a priori."""
+    def _expected(self, points: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+        """Of the linearised bowl, whose slopes at the points these are, a priori."""
         off = self._bowl.mean - self.shape
-        slopes = self._bowl.slopes(self.shape, points)
         return np.asarray(self._bowl.value(self.shape, points) + slopes @ off)
 
     def _most_probable(self) -> np.ndarray:
@@ -140,10 +140,11 @@ class GaussianProcess:
         length = np.exp(self.theta[1:-1])
         a, b = points / length, self._x / length
         square = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2.0 * a @ b.T
-        features = self._bowl.slopes(self.shape, points) * self._bowl.sd
+        slopes = self._bowl.slopes(self.shape, points)
+        features = slopes * self._bowl.sd
         k = np.exp(self.theta[0]) * _shape(np.maximum(square, 0.0))[0]
         k += features @ self._features.T
-        mean = self._expected(points) + k @ self._alpha
+        mean = self._expected(points, slopes) + k @ self._alpha
         v = solve_triangular(self._chol, k.T, lower=True)
         prior = np.exp(self.theta[0]) + (features**2).sum(1)
         variance = np.maximum(prior - (v**2).sum(0), 1e-12)
@@ -154,10 +155,12 @@ class GaussianProcess:
         mean, _ = self.predict(points)
         after = copy.copy(self)
         after._x = np.concatenate([self._x, points])
-        believed = (mean - self._mean) / self._scale - self._expected(points)
+        slopes = self._bowl.slopes(self.shape, after._x)
+        expected = self._expected(after._x, slopes)[len(self._x) :]
+        believed = (mean - self._mean) / self._scale - expected
         after._y = np.concatenate([self._y, believed])
         after._known = np.concatenate([self._known, np.zeros(len(points))])
-        after._measure()
+        after._measure(slopes)
         after._solve()
         return after
 
